@@ -1,0 +1,152 @@
+"""A race: one job, its inputs, and everybody who can do it. Nobody is timed before the result was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+class WrongResultError(RuntimeError):
+    """A provider's result is not the reference's; it has no speed."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked for.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        quick: tiny shapes and networks, a fraction of a second each: to see that everything works, not to quote.
+        seconds: time spent on the rounds of one race.
+    """
+
+    device: str = "cpu"
+    quick: bool = False
+    seconds: float = 3.0
+
+    @property
+    def cuda(self) -> bool:
+        """Whether this run is on a GPU."""
+        return self.device == "cuda"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the job.
+
+    Attributes:
+        name: ``"ours:native"``, ``"torch"``, ``"torch.compile"``, …
+        run: one input set -> the result.
+        check: (result, index of the input set) -> the worst error as a share of what is allowed; above 1, or NaN, is wrong.
+        note: what a reader of the row has to know.
+        context: entered around every call, outside the clock.
+        bytes: the least it has to move, where that is not the race's figure.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    check: Callable[[Any, int], float]
+    note: str = ""
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    bytes: int | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether this is this package's own."""
+        return self.name.startswith("ours")
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which race it is.
+
+    Attributes:
+        suite: the file its rows go to.
+        op: what is computed.
+        case: shape or network.
+        dtype: of the inputs.
+        layout: ``"nchw"``, ``"channels_last"``, ``"tokens"``, ``"rows"``, or ``"parameters"``.
+    """
+
+    suite: str
+    op: str
+    case: str
+    dtype: str = "float32"
+    layout: str = "parameters"
+
+    def __str__(self) -> str:
+        return "/".join((self.suite, self.op, self.case, self.dtype, self.layout))
+
+
+@dataclass(frozen=True)
+class Race:
+    """One job with its inputs in memory.
+
+    Attributes:
+        key: which one.
+        providers: ours and the peers.
+        inputs: equal in shape and different in values, used in turn so that no call finds its data in a cache.
+        bytes: the least the job has to move: every input once, every output once. 0 where that says nothing.
+        flops: of the formula. 0 where that says nothing.
+        peer: whose median is in our rows' ``ratio``; all of them are in ``ratios``.
+        skipped: (name, reason) of those that can't take part.
+        timers: on a GPU, ``"eager"`` (what a caller waits for) and ``"graph"`` (what keeps the device busy).
+        rounds: at most.
+        seconds: for all rounds together, where that is not the run's figure.
+    """
+
+    key: Key
+    providers: Sequence[Provider]
+    inputs: Sequence[Any] = (None,)
+    bytes: int = 0
+    flops: int = 0
+    peer: str | None = None
+    skipped: Sequence[tuple[str, str]] = ()
+    timers: tuple[str, ...] = ("eager",)
+    rounds: int = 50
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A race that isn't built yet: its inputs take no memory until its turn.
+
+    Attributes:
+        key: which one.
+        build: makes the race.
+        providers: names of all who are invited, whether they can come or not.
+        priority: lower runs first; when a time limit cuts a run short, the rest is left out.
+    """
+
+    key: Key
+    build: Callable[[Key], Race]
+    providers: Sequence[str]
+    priority: int
+
+
+def worst_share(actual: Tensor, expected: Tensor, allowed: Tensor) -> float:
+    """The largest ``|actual - expected| / allowed``; NaN and a wrong shape come out as NaN.
+
+    Args:
+        actual: a result of any dtype, on any device.
+        expected: float64, the same shape.
+        allowed: float64, the same shape, not negative.
+    """
+    if actual.shape != expected.shape:
+        return float("nan")
+    difference = (actual.detach().to(expected) - expected).abs()
+    # 16-bit inputs may have products below the smallest normal number, which hardware may flush.
+    share = difference / (allowed + torch.finfo(torch.float32).tiny)
+    return float(share.max()) if share.numel() else 0.0
+
+
+def of_square(expected: Tensor, allowed: Tensor) -> Tensor:
+    """How far the float32 square of a sum may be off when the sum itself may be off by ``allowed``."""
+    return (2 * expected.abs() + allowed) * allowed + EPS["float32"] * expected.square()

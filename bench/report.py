@@ -1,0 +1,71 @@
+"""The newest rows as Markdown, one table a suite and a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.rows import IDENTITY, Row, newest_rows
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Tables of the newest rows: our median, the share of the run's copy rate, and how many times faster than each peer."""
+    newest = [row for row in newest_rows(rows) if not row.get("quick")]
+    tables: dict[tuple[str, str], list[Row]] = {}
+    for row in newest:
+        tables.setdefault((row["device_name"], row["suite"]), []).append(row)
+    return "\n\n".join(_table(device, suite, found) for (device, suite), found in sorted(tables.items()))
+
+
+def _table(device: str, suite: str, rows: list[Row]) -> str:
+    mine = [row for row in rows if row["provider"].startswith("ours")]
+    mine.sort(key=lambda row: tuple(str(row.get(name)) for name in IDENTITY))
+    peers = list(dict.fromkeys(peer for row in mine for peer in row.get("ratios", {})))
+    bandwidth = any(row["gb_per_s"] for row in mine)
+    header = ["op", "case", "dtype", "layout", "provider", "timer", "median"]
+    header += ["GB/s", "of copy"] if bandwidth else []
+    header += [f"vs {peer}" for peer in peers]
+    lines = [f"### {suite} on {device}", "", _line(header), _line(["---"] * len(header))]
+    for row in mine:
+        cells = [
+            row["op"],
+            row["case"],
+            row["dtype"],
+            row["layout"],
+            row["provider"],
+            row.get("timer", ""),
+            _duration(row["median_us"]),
+        ]
+        if bandwidth:
+            rate = row["gb_per_s"]
+            cells += [f"{rate:.0f}", f"{rate / row['ceiling_gb_per_s']:.0%}"] if rate else ["", ""]
+        cells += [_ratio(row, peer) for peer in peers]
+        lines.append(_line(cells))
+    lines += ["", f"Ratios are the peer's median ÷ ours in the same run. {_runs(rows)}"]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _ratio(row: Row, peer: str) -> str:
+    ratio = row.get("ratios", {}).get(peer)
+    if ratio is None:
+        return ""
+    return f"{ratio:.3f}×" if row["suite"] == "step" else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
+
+
+def _duration(microseconds: float) -> str:
+    if microseconds < 1e3:
+        return f"{microseconds:.1f} µs"
+    return f"{microseconds * 1e-3:.2f} ms" if microseconds < 1e6 else f"{microseconds * 1e-6:.2f} s"
+
+
+def _runs(rows: Sequence[Row]) -> str:
+    runs = {
+        f"run {row['run_id']} of {row['time'][:10]}, commit {(row['commit'] or 'unknown')[:9]}{' (changed)' if row['dirty'] else ''}, "
+        f"torch {row['torch']}, {row.get('threads', '?')} threads, copy {row['ceiling_gb_per_s']:.0f} GB/s"
+        for row in rows
+    }
+    return "; ".join(sorted(runs)) + "."

@@ -1,0 +1,14 @@
+"""What is measured: one file a subject, each a function ``entries(options)``."""
+
+from __future__ import annotations
+
+from bench.race import Entry, Options
+from bench.suites import graph, network, planner, scoring, step, weights
+
+SUITES = ("scoring", "network", "planner", "graph", "step")
+
+
+def entries(options: Options) -> list[Entry]:
+    """Every race of a run on this device, the most important ones first."""
+    found = [entry for module in (scoring, weights, network, planner, graph, step) for entry in module.entries(options)]
+    return sorted(found, key=lambda entry: entry.priority)

@@ -1,0 +1,172 @@
+"""What scoring adds to a training step: the same step, plain and with every way of scoring, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.race import Entry, Options, Provider, Race
+from bench.suites.networks import images, labels, make
+from taylor_cuda.graph import trace
+from taylor_cuda.importance import Importance
+
+RATE = 1e-3
+
+
+class TrainingStep:
+    """One network with its optimizer; calling it makes one step on always the same batch.
+
+    Args:
+        network: torchvision's name.
+        batch: examples in a step.
+        size: of the square images.
+        options: of the run. On a GPU the step is the usual one there: bfloat16 autocast, channels_last.
+        compile_model: run the forward and backward pass compiled.
+    """
+
+    def __init__(self, network: str, batch: int, size: int, options: Options, *, compile_model: bool = False) -> None:
+        self.model = make(network)
+        self.cuda = options.cuda
+        self.groups = trace(self.model, images(1, size))
+        memory_format = torch.channels_last if options.cuda else torch.contiguous_format
+        self.model.to(options.device, memory_format=memory_format)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), RATE, momentum=0.9, foreach=True)
+        self.x = images(batch, size, options.device).contiguous(memory_format=memory_format)
+        self.y = labels(batch, options.device)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compile_model else self.model
+        self.estimator: Importance | None = None
+        self.gates: list[nn.Parameter] = []
+        self.start = self.flat_parameters()
+
+    def score(self, criterion: str) -> TrainingStep:
+        """Take this criterion's scores at every step."""
+        self.estimator = Importance(self.model, self.groups, criterion)
+        return self
+
+    def gate(self) -> TrainingStep:
+        """Multiply a gate parameter in after both inner normalisations and the output of every block, as the paper's own code does."""
+        for name, module in self.model.named_modules():
+            inner = name.rpartition(".")[2] in ("bn1", "bn2") and name.startswith("layer")
+            if inner or type(module).__name__ in ("Bottleneck", "BasicBlock"):
+                module.register_forward_hook(self._gate_hook(module))
+        self.window = [torch.zeros_like(gate) for gate in self.gates]
+        return self
+
+    def _gate_hook(self, module: nn.Module) -> Callable[..., Tensor]:
+        width: int = module.num_features if isinstance(module, nn.BatchNorm2d) else _last_norm(module).num_features
+        gate = nn.Parameter(torch.ones(1, width, 1, 1, device=self.x.device))
+        self.gates.append(gate)
+        return lambda _module, _args, output: output * gate.to(output.dtype)
+
+    def flat_parameters(self) -> Tensor:
+        """All parameters of the network as one vector of their own."""
+        return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+
+    def __call__(self) -> Tensor:
+        """One step; the loss before it."""
+        self.optimizer.zero_grad()
+        for gate in self.gates:
+            gate.grad = None
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.cuda):
+            loss = nn.functional.cross_entropy(self.forward(self.x), self.y)
+        if self.estimator is None:
+            loss.backward()
+        else:
+            self.estimator.backward(loss)
+        if self.gates:
+            torch._foreach_add_(self.window, [gate.grad.square() for gate in self.gates if gate.grad is not None])
+        self.optimizer.step()
+        return loss.detach()
+
+
+def _last_norm(block: nn.Module) -> nn.BatchNorm2d:
+    return [
+        module
+        for name, module in block.named_children()
+        if isinstance(module, nn.BatchNorm2d) and name.startswith("bn")
+    ][-1]
+
+
+def build(network: str, batch: int, size: int, options: Options, *, compile_model: bool) -> Race:
+    """The race of whole steps.
+
+    Every network starts from the same weights; the first step of each has to move them as the plain one does. On a GPU 16-bit rounding
+    in another order may turn a fifth of that movement; on a CPU a thousandth.
+    """
+    reference = TrainingStep(network, batch, size, options)
+    reference()
+    moved = reference.flat_parameters()
+    allowed = (0.2 if options.cuda else 1e-3) * float((moved - reference.start).norm())
+    del reference
+
+    def provider(name: str, step: TrainingStep, note: str = "") -> Provider:
+        def check(_loss: Tensor, _index: int) -> float:
+            if step.estimator is not None:
+                scores = torch.cat(list(step.estimator.scores().values()))
+                if not bool(scores.isfinite().all() and (scores > 0).any()):
+                    return float("nan")
+            return float((step.flat_parameters() - moved).norm()) / allowed
+
+        return Provider(name, lambda _: step(), check, note)
+
+    def step() -> TrainingStep:
+        return TrainingStep(network, batch, size, options, compile_model=compile_model)
+
+    providers = [
+        provider("torch.compile" if compile_model else "torch", step(), "the plain step"),
+        provider("ours:taylor_fo", step().score("taylor_fo")),
+    ]
+    if not compile_model:
+        providers.append(provider("ours:taylor_fg", step().score("taylor_fg")))
+        providers.append(
+            provider("nvlabs-style", step().gate(), "a gate parameter after both inner norms and every block")
+        )
+    dtype, layout = ("bfloat16", "channels_last") if options.cuda else ("float32", "nchw")
+    return Race(
+        "step",
+        "training_step:compiled" if compile_model else "training_step",
+        f"{network} batch {batch} at {size}",
+        dtype,
+        layout,
+        0,
+        0,
+        (None,),
+        tuple(providers),
+        providers[0].name,
+        (),
+        rounds=200 if options.cuda else 20,
+        seconds=75.0 if options.cuda else None if options.quick else 15.0,
+    )
+
+
+def entries(options: Options) -> list[Entry]:
+    """ResNet-50 as it is trained on a GPU; something small where there is none."""
+    if options.quick:
+        wanted: list[tuple[Any, ...]] = [("resnet18", 2, 64, False, 60)]
+    elif options.cuda:
+        wanted = [("resnet50", 256, 224, False, 20), ("resnet50", 256, 224, True, 70)]
+    else:
+        wanted = [("resnet18", 16, 112, False, 60)]
+
+    def made(network: str, batch: int, size: int, compile_model: bool, priority: int) -> Entry:
+        names = (
+            ("torch.compile", "ours:taylor_fo")
+            if compile_model
+            else ("torch", "ours:taylor_fo", "ours:taylor_fg", "nvlabs-style")
+        )
+        dtype, layout = ("bfloat16", "channels_last") if options.cuda else ("float32", "nchw")
+        return Entry(
+            "step",
+            "training_step:compiled" if compile_model else "training_step",
+            f"{network} batch {batch} at {size}",
+            dtype,
+            layout,
+            lambda: build(network, batch, size, options, compile_model=compile_model),
+            names,
+            priority,
+        )
+
+    return [made(*want) for want in wanted]

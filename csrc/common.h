@@ -1,0 +1,137 @@
+// What every native op shares: checks, the names of reductions, the walk over two tensors at once, the choice of a type.
+// Sizes, strides and offsets are int64 and in elements.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace taylor {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Reduction { kBatch, kSample, kAbs, kElement };  // of channel_importance
+enum class Term { kProduct, kSquare, kAbs };               // what is summed: a·g, (a·g)², |a·g|
+
+inline Reduction channel_reduction(const std::string& name) {
+  if (name == "batch") return Reduction::kBatch;
+  if (name == "sample") return Reduction::kSample;
+  if (name == "abs") return Reduction::kAbs;
+  STD_TORCH_CHECK(name == "element", "channel_importance: unknown reduction ", name);
+  return Reduction::kElement;
+}
+
+inline Term weight_reduction(const std::string& name) {
+  if (name == "sum") return Term::kProduct;
+  if (name == "square") return Term::kSquare;
+  STD_TORCH_CHECK(name == "abs", "weight_importance: unknown reduction ", name);
+  return Term::kAbs;
+}
+
+inline bool is_supported(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
+         type == ScalarType::Double;
+}
+
+inline ScalarType result_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_same_shape(const Tensor& a, const Tensor& g, const char* op) {
+  STD_TORCH_CHECK(a.dim() == g.dim(), op, ": the two tensors have ", a.dim(), " and ", g.dim(), " dimensions");
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    STD_TORCH_CHECK(a.size(d) == g.size(d), op, ": the two tensors differ in dimension ", d);
+  }
+  STD_TORCH_CHECK(a.is_cuda() == g.is_cuda() && a.get_device_index() == g.get_device_index(), op,
+                  ": the two tensors are on different devices");
+}
+
+// The contract of the channel ops: one shape [N, C, ...], one supported type, one device.
+inline void check_activation_pair(const Tensor& activation, const Tensor& gradient, const char* op) {
+  check_same_shape(activation, gradient, op);
+  STD_TORCH_CHECK(activation.dim() >= 2, op, ": wanted [N, C, ...], got ", activation.dim(), " dimensions");
+  STD_TORCH_CHECK(activation.scalar_type() == gradient.scalar_type() && is_supported(activation.scalar_type()), op,
+                  ": wanted two tensors of one of float32, float16, bfloat16, float64");
+}
+
+// The contract of accumulate_channel_sums: sums is contiguous, [C] or [N, C], of the result's type.
+inline void check_sums(const Tensor& activation, const Tensor& sums) {
+  const bool per_sample = sums.dim() == 2 && sums.size(0) == activation.size(0) && sums.size(1) == activation.size(1);
+  const bool per_channel = sums.dim() == 1 && sums.size(0) == activation.size(1);
+  STD_TORCH_CHECK(per_sample || per_channel, "accumulate_channel_sums: sums must be [C] or [N, C]");
+  STD_TORCH_CHECK(sums.is_contiguous(), "accumulate_channel_sums: sums must be contiguous");
+  STD_TORCH_CHECK(sums.scalar_type() == result_type(activation.scalar_type()),
+                  "accumulate_channel_sums: sums must be float32, or float64 for float64 activations");
+}
+
+// The contract of one (weight, gradient, dim) of weight_importance: the types agree, or a float32 weight has a 16-bit gradient.
+inline void check_weight_pair(const Tensor& weight, const Tensor& gradient, int64_t dim) {
+  check_same_shape(weight, gradient, "weight_importance");
+  STD_TORCH_CHECK(dim >= 0 && dim < weight.dim(), "weight_importance: no dimension ", dim);
+  const ScalarType w = weight.scalar_type(), g = gradient.scalar_type();
+  const bool half_gradient = w == ScalarType::Float && (g == ScalarType::Half || g == ScalarType::BFloat16);
+  STD_TORCH_CHECK(is_supported(w) && (w == g || half_gradient),
+                  "weight_importance: wanted a gradient of the weight's type, or of 16 bits for a float32 weight");
+}
+
+// One loop of a walk over two tensors of the same shape.
+struct Loop {
+  int64_t size = 1;
+  int64_t stride_a = 0;
+  int64_t stride_g = 0;
+};
+
+// Two tensors of one shape as [kept dimension] x [all others]; the others are outermost first, with those that lie end to end merged.
+struct Walk {
+  Loop sample;  // dimension 0, where it is not among the others
+  Loop channel;
+  std::vector<Loop> rest;
+};
+
+inline Loop loop_of(const Tensor& a, const Tensor& g, int64_t dim) { return {a.size(dim), a.stride(dim), g.stride(dim)}; }
+
+// Sort outermost first and merge neighbours that form one loop. Loops of size 1 vanish.
+inline std::vector<Loop> merged(std::vector<Loop> loops) {
+  loops.erase(std::remove_if(loops.begin(), loops.end(), [](const Loop& loop) { return loop.size == 1; }), loops.end());
+  std::stable_sort(loops.begin(), loops.end(), [](const Loop& x, const Loop& y) {
+    return x.stride_a + x.stride_g > y.stride_a + y.stride_g;
+  });
+  std::vector<Loop> result;
+  for (const Loop& inner : loops) {
+    if (!result.empty() && result.back().stride_a == inner.stride_a * inner.size &&
+        result.back().stride_g == inner.stride_g * inner.size) {
+      result.back() = {result.back().size * inner.size, inner.stride_a, inner.stride_g};
+    } else {
+      result.push_back(inner);
+    }
+  }
+  return result;
+}
+
+// [N, C, ...]: samples apart from the rest.
+inline Walk walk_activation(const Tensor& activation, const Tensor& gradient) {
+  Walk walk{loop_of(activation, gradient, 0), loop_of(activation, gradient, 1), {}};
+  for (int64_t d = 2; d < activation.dim(); ++d) walk.rest.push_back(loop_of(activation, gradient, d));
+  walk.rest = merged(walk.rest);
+  return walk;
+}
+
+// A weight and the dimension to keep.
+inline Walk walk_weight(const Tensor& weight, const Tensor& gradient, int64_t dim) {
+  Walk walk{Loop{}, loop_of(weight, gradient, dim), {}};
+  for (int64_t d = 0; d < weight.dim(); ++d) {
+    if (d != dim) walk.rest.push_back(loop_of(weight, gradient, d));
+  }
+  walk.rest = merged(walk.rest);
+  return walk;
+}
+
+}  // namespace taylor

@@ -1,0 +1,50 @@
+// What product_sums and its kernels agree on: a piece of work, and one kernel for each instruction set.
+
+#pragma once
+
+#include <cstdint>
+
+#include "common.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define TAYLOR_X86 1
+#else
+#define TAYLOR_X86 0
+#endif
+
+namespace taylor {
+
+constexpr int kMaxLoops = 64;           // torch allows no more dimensions
+constexpr int64_t kMaxWidth = 2048;     // columns of one piece: their fp64 sums fill half of a 32 KiB first-level cache
+constexpr int64_t kStridedBlock = 16;   // channels whose fp32 values share a cache line when the channel stride is 1
+constexpr int64_t kPieceSize = 1 << 16; // elements of one piece: half a MiB of two fp32 tensors
+
+enum class Path { kRows, kRowsRepeatA, kRowsRepeatG, kColumns, kStrided };
+
+// A part of one job that one thread does at once: some channels, and a stretch of their loops.
+struct Piece {
+  Path path = Path::kStrided;
+  int64_t offset_a = 0, offset_g = 0;
+  int64_t channels = 0;
+  int64_t fold = 1;  // elements side by side that belong to one channel (kColumns)
+  Loop channel;
+  const Loop* loops = nullptr;
+  int loop_count = 0;
+  int64_t outer = 1;  // positions of the loops: without the innermost one, except for kColumns
+};
+
+using Kernel = void (*)(const void* a, const void* g, const Piece& piece, double* out);
+
+namespace baseline {
+Kernel kernel_of(ScalarType type_a, ScalarType type_g, Term term);
+}
+#if TAYLOR_X86
+namespace avx2 {
+Kernel kernel_of(ScalarType type_a, ScalarType type_g, Term term);
+}
+namespace avx512 {
+Kernel kernel_of(ScalarType type_a, ScalarType type_g, Term term);
+}
+#endif
+
+}  // namespace taylor

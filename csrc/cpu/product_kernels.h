@@ -1,0 +1,303 @@
+// The inner loops of product_sums, compiled once for each instruction set. The including file defines TAYLOR_TARGET (the target
+// attribute), TAYLOR_NAMESPACE and TAYLOR_WIDTH (bits of a vector register), and no function here may be shared between them: hence the anonymous namespace.
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/kernel_table.h"
+
+namespace taylor {
+namespace TAYLOR_NAMESPACE {
+namespace {
+
+using Half = torch::headeronly::Half;
+using BFloat16 = torch::headeronly::BFloat16;
+
+typedef double Double8 __attribute__((vector_size(64)));
+typedef double Double4 __attribute__((vector_size(32)));
+typedef int64_t Long8 __attribute__((vector_size(64)));
+typedef float Float8 __attribute__((vector_size(32)));
+typedef uint32_t UInt8 __attribute__((vector_size(32)));
+typedef uint16_t UShort8 __attribute__((vector_size(16)));
+
+#define TAYLOR_INLINE TAYLOR_TARGET inline __attribute__((always_inline))
+
+template <typename V, typename T>
+TAYLOR_INLINE V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+TAYLOR_INLINE Float8 widen(const float* p) { return load<Float8>(p); }
+
+TAYLOR_INLINE Float8 widen(const BFloat16* p) {
+  return reinterpret_cast<Float8>(__builtin_convertvector(load<UShort8>(p), UInt8) << 16);
+}
+
+#if TAYLOR_WIDTH >= 256
+TAYLOR_INLINE Float8 widen(const Half* p) {
+  return reinterpret_cast<Float8>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+#else
+TAYLOR_INLINE Float8 widen(const Half* p) {
+  const UInt8 bits = __builtin_convertvector(load<UShort8>(p), UInt8);
+  const UInt8 magnitude = (bits & 0x7fffu) << 13;
+  const Float8 scaled = reinterpret_cast<Float8>(magnitude) * 0x1p112f;  // rebias the exponent; right for subnormals too
+  const UInt8 special = reinterpret_cast<UInt8>((bits & 0x7c00u) == 0x7c00u);
+  const UInt8 value = (special & (magnitude | 0x7f800000u)) | (~special & reinterpret_cast<UInt8>(scaled));
+  return reinterpret_cast<Float8>(value | ((bits & 0x8000u) << 16));
+}
+#endif
+
+// Compilers convert eight at a time badly when left to themselves.
+TAYLOR_INLINE Double8 to_double(Float8 v) {
+#if TAYLOR_WIDTH == 512
+  return reinterpret_cast<Double8>(_mm512_cvtps_pd(reinterpret_cast<__m256>(v)));
+#elif TAYLOR_WIDTH == 256
+  const __m256 w = reinterpret_cast<__m256>(v);
+  return __builtin_shufflevector(reinterpret_cast<Double4>(_mm256_cvtps_pd(_mm256_castps256_ps128(w))),
+                                 reinterpret_cast<Double4>(_mm256_cvtps_pd(_mm256_extractf128_ps(w, 1))), 0, 1, 2, 3, 4,
+                                 5, 6, 7);
+#else
+  return __builtin_convertvector(v, Double8);
+#endif
+}
+
+template <typename T>
+TAYLOR_INLINE Double8 widen_to_double(const T* p) {
+  if constexpr (std::is_same_v<T, double>) {
+    return load<Double8>(p);
+  } else {
+    return to_double(widen(p));
+  }
+}
+
+template <typename TA, typename TG>
+constexpr bool kFloatProduct = sizeof(TA) == 2 && sizeof(TG) == 2;
+
+template <typename TA, typename TG>
+TAYLOR_INLINE double product(const TA& a, const TG& g) {
+  if constexpr (kFloatProduct<TA, TG>) {
+    return static_cast<double>(static_cast<float>(a) * static_cast<float>(g));
+  } else {
+    return static_cast<double>(a) * static_cast<double>(g);
+  }
+}
+
+// Eight products. A stride of 0 repeats one element.
+template <int stride_a, int stride_g, typename TA, typename TG>
+TAYLOR_INLINE Double8 products(const TA* a, const TG* g) {
+  if constexpr (stride_a == 1 && stride_g == 1 && kFloatProduct<TA, TG>) {
+    return to_double(widen(a) * widen(g));
+  } else if constexpr (stride_a == 0) {
+    return widen_to_double(g) * static_cast<double>(*a);
+  } else if constexpr (stride_g == 0) {
+    return widen_to_double(a) * static_cast<double>(*g);
+  } else {
+    return widen_to_double(a) * widen_to_double(g);
+  }
+}
+
+template <Term term>
+TAYLOR_INLINE double apply(double p) {
+  return term == Term::kProduct ? p : term == Term::kSquare ? p * p : std::fabs(p);
+}
+
+template <Term term>
+TAYLOR_INLINE Double8 apply(Double8 p) {
+  if constexpr (term == Term::kProduct) return p;
+  if constexpr (term == Term::kSquare) return p * p;
+  return reinterpret_cast<Double8>(reinterpret_cast<Long8>(p) & INT64_C(0x7fffffffffffffff));
+}
+
+// Walks over all positions of some loops, the last one fastest.
+struct Cursor {
+  const Loop* loops;
+  int count;
+  int64_t index[kMaxLoops];
+  int64_t a, g;
+};
+
+TAYLOR_INLINE void start(Cursor& cursor, const Loop* loops, int count) {
+  cursor.loops = loops;
+  cursor.count = count;
+  cursor.a = cursor.g = 0;
+  for (int i = 0; i < count; ++i) cursor.index[i] = 0;
+}
+
+TAYLOR_INLINE void advance(Cursor& cursor) {
+  for (int i = cursor.count - 1; i >= 0; --i) {
+    const Loop& loop = cursor.loops[i];
+    cursor.a += loop.stride_a;
+    cursor.g += loop.stride_g;
+    if (++cursor.index[i] < loop.size) return;
+    cursor.index[i] = 0;
+    cursor.a -= loop.size * loop.stride_a;
+    cursor.g -= loop.size * loop.stride_g;
+  }
+}
+
+template <Term term, int stride_a, int stride_g, typename TA, typename TG>
+TAYLOR_INLINE double row_sum(const TA* a, const TG* g, int64_t size) {
+  Double8 s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 32 <= size; i += 32) {
+    const TA* pa = a + i * stride_a;
+    const TG* pg = g + i * stride_g;
+    s0 += apply<term>(products<stride_a, stride_g>(pa, pg));
+    s1 += apply<term>(products<stride_a, stride_g>(pa + 8 * stride_a, pg + 8 * stride_g));
+    s2 += apply<term>(products<stride_a, stride_g>(pa + 16 * stride_a, pg + 16 * stride_g));
+    s3 += apply<term>(products<stride_a, stride_g>(pa + 24 * stride_a, pg + 24 * stride_g));
+  }
+  for (; i + 8 <= size; i += 8) s0 += apply<term>(products<stride_a, stride_g>(a + i * stride_a, g + i * stride_g));
+  double tail = 0;
+  for (; i < size; ++i) tail += apply<term>(product(a[i * stride_a], g[i * stride_g]));
+  const Double8 s = (s0 + s1) + (s2 + s3);
+  return (((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]))) + tail;
+}
+
+// out[i] = Σ f(a·g) over the loops of the i-th channel; the innermost loop is contiguous in each tensor, or repeats.
+template <Term term, int stride_a, int stride_g, typename TA, typename TG>
+TAYLOR_TARGET void rows(const TA* a, const TG* g, const Piece& piece, double* out) {
+  const Loop& inner = piece.loops[piece.loop_count - 1];
+  Cursor cursor;
+  for (int64_t c = 0; c < piece.channels; ++c) {
+    start(cursor, piece.loops, piece.loop_count - 1);
+    double sum = 0;
+    for (int64_t r = 0; r < piece.outer; ++r) {
+      sum += row_sum<term, stride_a, stride_g>(a + cursor.a, g + cursor.g, inner.size);
+      if (piece.outer > 1) advance(cursor);
+    }
+    out[c] = sum;
+    a += piece.channel.stride_a;
+    g += piece.channel.stride_g;
+  }
+}
+
+// One to four rows, added to sums[0 .. width) in order.
+template <Term term, int count, typename TA, typename TG>
+TAYLOR_INLINE void add_rows(const TA* const* a, const TG* const* g, int64_t width, double* sums) {
+  int64_t i = 0;
+  for (; i + 8 <= width; i += 8) {
+    Double8 s = load<Double8>(sums + i);
+    for (int r = 0; r < count; ++r) s += apply<term>(products<1, 1>(a[r] + i, g[r] + i));
+    std::memcpy(sums + i, &s, sizeof(s));
+  }
+  for (; i < width; ++i) {
+    for (int r = 0; r < count; ++r) sums[i] += apply<term>(product(a[r][i], g[r][i]));
+  }
+}
+
+// out[c] = Σ f(a·g) over the loops and over `fold` neighbours: channels lie side by side, `fold` elements each.
+template <Term term, typename TA, typename TG>
+TAYLOR_TARGET void columns(const TA* a, const TG* g, const Piece& piece, double* out) {
+  alignas(64) double sums[kMaxWidth];
+  const int64_t width = piece.channels * piece.fold;
+  for (int64_t i = 0; i < width; ++i) sums[i] = 0;
+  Cursor cursor;
+  start(cursor, piece.loops, piece.loop_count);
+  const TA* row_a[4];
+  const TG* row_g[4];
+  int64_t r = 0;
+  for (; r + 4 <= piece.outer; r += 4) {
+    for (int i = 0; i < 4; ++i) {
+      row_a[i] = a + cursor.a;
+      row_g[i] = g + cursor.g;
+      advance(cursor);
+    }
+    add_rows<term, 4>(row_a, row_g, width, sums);
+  }
+  for (; r < piece.outer; ++r) {
+    row_a[0] = a + cursor.a;
+    row_g[0] = g + cursor.g;
+    advance(cursor);
+    add_rows<term, 1>(row_a, row_g, width, sums);
+  }
+  for (int64_t c = 0; c < piece.channels; ++c) {
+    double sum = 0;
+    for (int64_t i = 0; i < piece.fold; ++i) sum += sums[c * piece.fold + i];
+    out[c] = sum;
+  }
+}
+
+// out[c] = Σ f(a·g) over the loops, any strides. A block of channels shares the cache lines of a stretch of the innermost loop.
+template <Term term, typename TA, typename TG>
+TAYLOR_TARGET void strided(const TA* a, const TG* g, const Piece& piece, double* out) {
+  constexpr int64_t kStretch = 64;
+  const Loop inner = piece.loop_count > 0 ? piece.loops[piece.loop_count - 1] : Loop{};
+  for (int64_t c = 0; c < piece.channels; ++c) out[c] = 0;
+  for (int64_t first = 0; first < piece.channels; first += kStridedBlock) {
+    const int64_t last = std::min(first + kStridedBlock, piece.channels);
+    Cursor cursor;
+    start(cursor, piece.loops, std::max(piece.loop_count - 1, 0));
+    for (int64_t r = 0; r < piece.outer; ++r, advance(cursor)) {
+      for (int64_t begin = 0; begin < inner.size; begin += kStretch) {
+        const int64_t end = std::min(begin + kStretch, inner.size);
+        for (int64_t c = first; c < last; ++c) {
+          const TA* pa = a + cursor.a + c * piece.channel.stride_a;
+          const TG* pg = g + cursor.g + c * piece.channel.stride_g;
+          double s[4] = {0, 0, 0, 0};
+          int64_t i = begin;
+          for (; i + 4 <= end; i += 4) {
+            for (int j = 0; j < 4; ++j) {
+              s[j] += apply<term>(product(pa[(i + j) * inner.stride_a], pg[(i + j) * inner.stride_g]));
+            }
+          }
+          for (; i < end; ++i) s[0] += apply<term>(product(pa[i * inner.stride_a], pg[i * inner.stride_g]));
+          out[c] += (s[0] + s[1]) + (s[2] + s[3]);
+        }
+      }
+    }
+  }
+}
+
+template <Term term, typename TA, typename TG>
+TAYLOR_TARGET void run(const void* a, const void* g, const Piece& piece, double* out) {
+  const TA* pa = static_cast<const TA*>(a) + piece.offset_a;
+  const TG* pg = static_cast<const TG*>(g) + piece.offset_g;
+  switch (piece.path) {
+    case Path::kRows:
+      return rows<term, 1, 1>(pa, pg, piece, out);
+    case Path::kRowsRepeatA:
+      return rows<term, 0, 1>(pa, pg, piece, out);
+    case Path::kRowsRepeatG:
+      return rows<term, 1, 0>(pa, pg, piece, out);
+    case Path::kColumns:
+      return columns<term>(pa, pg, piece, out);
+    case Path::kStrided:
+      return strided<term>(pa, pg, piece, out);
+  }
+}
+
+template <typename TA, typename TG>
+Kernel of_term(Term term) {
+  if (term == Term::kProduct) return run<Term::kProduct, TA, TG>;
+  if (term == Term::kSquare) return run<Term::kSquare, TA, TG>;
+  return run<Term::kAbs, TA, TG>;
+}
+
+}  // namespace
+
+Kernel kernel_of(ScalarType type_a, ScalarType type_g, Term term) {
+  switch (type_a) {
+    case ScalarType::Half:
+      return of_term<Half, Half>(term);
+    case ScalarType::BFloat16:
+      return of_term<BFloat16, BFloat16>(term);
+    case ScalarType::Double:
+      return of_term<double, double>(term);
+    default:
+      break;
+  }
+  if (type_g == ScalarType::Half) return of_term<float, Half>(term);
+  if (type_g == ScalarType::BFloat16) return of_term<float, BFloat16>(term);
+  return of_term<float, float>(term);
+}
+
+}  // namespace TAYLOR_NAMESPACE
+}  // namespace taylor

@@ -1,0 +1,145 @@
+// From partial sums t[n, s, c] to the result: one launch, in a fixed order.
+
+#pragma once
+
+#include "channel_sums.cuh"
+
+namespace taylor {
+
+// What is done with the sum of one sample before samples are added up, and with the total.
+enum class Post : int32_t { kNone, kSquare, kAbs };
+
+template <typename Acc>
+struct Finish {
+  int64_t samples;
+  int64_t splits;
+  int64_t channels;
+  int32_t split_threads;
+  Post per_sample;
+  bool square_total;
+  Acc scale;
+};
+
+template <typename Acc>
+__device__ __forceinline__ Acc apply(Post post, Acc value) {
+  if (post == Post::kSquare) return value * value;
+  return post == Post::kAbs ? fabs(value) : value;
+}
+
+// The sum over neighbouring rows of threads that share a sample; the first of them gets it. All threads take part.
+template <typename Acc>
+__device__ __forceinline__ Acc sum_shares(Acc sum, Acc (*buffer)[kWarp], int row, int lane, int shares) {
+  buffer[row][lane] = sum;
+  for (int half = shares / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (row % shares < half) buffer[row][lane] = sum += buffer[row + half][lane];
+  }
+  __syncthreads();
+  return sum;
+}
+
+// out[c] = total(sum_n post(sum_s t[n, s, c])). A block has 32 channels side by side and 32 rows of threads, which share samples,
+// or with few samples also splits.
+template <typename Acc>
+__global__ void __launch_bounds__(kWarp* kWarp)
+    finish_channels_kernel(const Acc* __restrict__ t, const __grid_constant__ Finish<Acc> f, Sink<Acc> sink) {
+  __shared__ Acc buffer[kWarp][kWarp];
+  const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
+  const int share = row % f.split_threads, step = kWarp / f.split_threads;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + lane, sample = f.splits * f.channels;
+  Acc total = 0;
+  for (int64_t base = row / f.split_threads; base < round_up<int64_t>(f.samples, step); base += kUnroll * step) {
+    Acc sum[kUnroll] = {};
+#pragma unroll 2
+    for (int64_t s = share; s < f.splits; s += f.split_threads) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t n = base + u * step;
+        if (n < f.samples && c < f.channels) sum[u] += t[n * sample + s * f.channels + c];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (f.split_threads > 1) sum[u] = sum_shares(sum[u], buffer, row, lane, f.split_threads);
+      if (share == 0) total += apply(f.per_sample, sum[u]);
+    }
+  }
+  total = sum_shares(total, buffer, row, lane, kWarp);
+  if (row == 0 && c < f.channels) sink.store(0, 0, c, f.scale * (f.square_total ? total * total : total));
+}
+
+// out[n, c] = sum_s t[n, s, c]
+template <typename Acc>
+__global__ void __launch_bounds__(kThreads)
+    finish_samples_kernel(const Acc* __restrict__ t, const __grid_constant__ Finish<Acc> f, Sink<Acc> sink) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t n = quotient(i, f.channels), c = i - n * f.channels;
+  if (n >= f.samples) return;
+  const Acc* from = t + n * f.splits * f.channels + c;
+  Acc sum = 0;
+#pragma unroll 8
+  for (int64_t s = 0; s < f.splits; ++s) sum += from[s * f.channels];
+  sink.store(n, 0, c, sum);
+}
+
+template <typename Acc>
+void launch_finish_channels(const Acc* t, Finish<Acc> f, const Sink<Acc>& sink, cudaStream_t stream) {
+  f.split_threads = finish_split_threads(f.samples, f.splits);
+  const unsigned grid = grid_size(ceil_div<int64_t>(f.channels, kWarp), "finish_channels");
+  finish_channels_kernel<Acc><<<grid, kWarp * kWarp, 0, stream>>>(t, f, sink);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename Acc>
+void launch_finish_samples(const Acc* t, const Finish<Acc>& f, const Sink<Acc>& sink, cudaStream_t stream) {
+  const unsigned grid = grid_size(ceil_div<int64_t>(f.samples * f.channels, kThreads), "finish_samples");
+  finish_samples_kernel<Acc><<<grid, kThreads, 0, stream>>>(t, f, sink);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename Acc>
+Finish<Acc> finish_of(const ChannelPlan& p) {
+  return {p.samples, p.splits, p.channel.size, 1, Post::kNone, false, Acc(1)};
+}
+
+// The places of t[n, s, c] in a contiguous tensor.
+template <typename Acc>
+Sink<Acc> partial_sink(const Tensor& partial) {
+  return {static_cast<Acc*>(partial.mutable_data_ptr()), partial.stride(0), partial.stride(1), 1, false};
+}
+
+// The two tensors of a channel op, and their walk.
+struct Pair {
+  Tensor activation;
+  Tensor gradient;
+  Walk walk;
+};
+
+// Tensors of so many dimensions that don't merge that a plan can't hold them are copied first.
+inline Pair walkable(const Tensor& activation, const Tensor& gradient) {
+  Pair pair{activation, gradient, walk_activation(activation, gradient)};
+  if (pair.walk.rest.size() > kMaxLoops) {
+    pair.activation = torch::stable::contiguous(activation);
+    pair.gradient = torch::stable::contiguous(gradient);
+    pair.walk = walk_activation(pair.activation, pair.gradient);
+  }
+  return pair;
+}
+
+inline ChannelPlan plan_of(const Pair& pair, bool fold) {
+  const planning::Operands operands{static_cast<int64_t>(pair.activation.element_size()),
+                                    reinterpret_cast<uintptr_t>(pair.activation.const_data_ptr()),
+                                    reinterpret_cast<uintptr_t>(pair.gradient.const_data_ptr())};
+  return plan_channels(pair.walk, operands, fold);
+}
+
+// Calls f with a value of the C++ type.
+template <typename F>
+void for_type(ScalarType type, const F& f) {
+  if (type == ScalarType::Float) return f(float());
+  if (type == ScalarType::Half) return f(Half());
+  if (type == ScalarType::BFloat16) return f(BFloat16());
+  f(double());
+}
+
+}  // namespace taylor

@@ -1,0 +1,11 @@
+// Every native schema, once. Kernels for the CPU are in csrc/cpu (this library), those for CUDA in csrc/cuda (_C_cuda.so);
+// what an op computes is in taylor_cuda/ops/reference.py, whose signatures these are.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(taylor_cuda_native, m) {
+  m.def("channel_importance(Tensor activation, Tensor gradient, str reduction=\"batch\") -> Tensor");
+  m.def("channel_sums(Tensor activation, Tensor gradient) -> Tensor");
+  m.def("accumulate_channel_sums(Tensor activation, Tensor gradient, Tensor(a!) sums) -> ()");
+  m.def("weight_importance(Tensor[] weights, Tensor[] gradients, int[] dims, str reduction=\"sum\") -> Tensor[]");
+}

@@ -1,0 +1,167 @@
+"""``taylor-cuda prune``: train, prune to a budget while training, fine-tune, save, report."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from taylor_cuda.errors import InputError
+from taylor_cuda.importance.criteria import CRITERIA, find_criterion
+from taylor_cuda.planning import parse_budget
+from taylor_cuda.report import measured_lines, run_table, write_summary, write_widths_svg
+from taylor_cuda.train.config import RunConfig, Summary
+from taylor_cuda.train.models import SPEC_FORMS
+from taylor_cuda.train.recipe import run as run_recipe
+
+DESCRIPTION = f"""\
+Train a network, remove channels while it trains until a budget is met, fine-tune, save, report.
+Without arguments: a small residual network on scikit-learn's digits, to half its MACs.
+
+MODEL is {SPEC_FORMS}.
+The models of timm and torchvision keep the head they come with (1000 outputs) unless --num-classes is given, so that
+tc.load(torchvision.models.resnet18(), file) fits; a data set with fewer classes uses the first of them.
+
+Written to --out: model.safetensors (tc.load reads it), summary.json, log.jsonl, widths.svg.
+Ctrl-C saves the state; the same command with --resume goes on.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add this command to the command line."""
+    parser = commands.add_parser(
+        "prune",
+        help="prune a network to a budget",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="what to prune (default: digits)")
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--data", metavar="DIR", help="folder with train/CLASS/* and val/CLASS/* (default: digits)")
+    data.add_argument(
+        "--image-size", type=int, metavar="N", help="height and width of the images of --data (default: 224)"
+    )
+    data.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: 2)")
+    data.add_argument(
+        "--weights",
+        metavar="FILE",
+        help=".safetensors of tc.save, .pt or .pth state_dict, or 'pretrained'; there is no base training then",
+    )
+    data.add_argument("--num-classes", type=int, metavar="N", help="outputs of the head (default: the model's own)")
+    pruning = parser.add_argument_group("pruning")
+    pruning.add_argument(
+        "--budget",
+        action="append",
+        metavar="NAME=X",
+        help="macs, params or channels as a fraction of the original; several with commas (default: macs=0.5)",
+    )
+    pruning.add_argument("--criterion", metavar="NAME", help=f"one of {', '.join(CRITERIA)} (default: taylor_fo)")
+    pruning.add_argument(
+        "--every", type=int, metavar="N", help="minibatches between prune steps (default: 10 on digits, else 30)"
+    )
+    pruning.add_argument("--steps", type=int, metavar="N", help="prune steps until the budget is met (default: 10)")
+    pruning.add_argument("--schedule", choices=("cubic", "linear"), help="path of the budget (default: cubic)")
+    pruning.add_argument(
+        "--ignore", action="append", metavar="GLOB", help="modules whose outputs stay; may be repeated"
+    )
+    pruning.add_argument(
+        "--round-to", metavar="N", help="widths are multiples of N where anything goes (default: auto)"
+    )
+    pruning.add_argument("--min-keep", type=int, metavar="N", help="channels that every group keeps (default: 1)")
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="of base training (none with --weights), and of fine-tuning (default: 12 on digits, else 25)",
+    )
+    training.add_argument("--finetune-epochs", type=int, metavar="N", help="of fine-tuning (default: --epochs)")
+    training.add_argument("--batch", type=int, metavar="N", help="examples in a minibatch (default: 64)")
+    training.add_argument(
+        "--lr", type=float, metavar="X", help="peak learning rate (default: 0.05, with --weights 0.001)"
+    )
+    training.add_argument(
+        "--finetune-lr",
+        type=float,
+        metavar="X",
+        help="while pruning and fine-tuning (default: a fifth of --lr, with --weights --lr)",
+    )
+    training.add_argument("--weight-decay", type=float, metavar="X", help="(default: 0.0005)")
+    training.add_argument("--seed", type=int, metavar="N", help="(default: 0)")
+    training.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    running = parser.add_argument_group("running")
+    running.add_argument("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/NAME)")
+    running.add_argument("--resume", action="store_true", help="go on where this command was interrupted")
+    running.add_argument("--steps-limit", type=int, metavar="N", help="at most N minibatches an epoch, for a trial run")
+    running.add_argument(
+        "--latency-seconds", type=float, metavar="X", help="time for each latency measurement (default: 5)"
+    )
+
+
+def config_from(options: argparse.Namespace) -> RunConfig:
+    """The run that was asked for; what was left out gets its default.
+
+    Raises:
+        InputError: a value that can't be used.
+    """
+    given = {key: value for key, value in vars(options).items() if key not in ("run", "command", "resume")}
+    model = given.setdefault("model", "digits")
+    data = given.setdefault("data", "digits")
+    given["budget"] = parse_budget(",".join(given.get("budget", ["macs=0.5"])))
+    find_criterion(given.setdefault("criterion", "taylor_fo"))
+    if "ignore" in given:
+        given["ignore"] = tuple(given["ignore"])
+    if "round_to" in given:
+        given["round_to"] = _round_to(given["round_to"])
+    given.setdefault("out", Path("runs") / short_name(model))
+    if data != "digits":
+        given.setdefault("epochs", 25)
+        given.setdefault("every", 30)
+    if given.get("weights") is not None:
+        given.setdefault("lr", 1e-3)
+    return RunConfig(**given)
+
+
+def short_name(model: str) -> str:
+    """A folder's name for a model: what stands after its last colon."""
+    return re.sub(r"[^\w.-]+", "-", model.rpartition(":")[2]).strip(".-") or "model"
+
+
+def _round_to(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"round_to: wanted 'auto' or a whole number, got {text!r}") from None
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prune, then print what came of it."""
+    config = config_from(options)
+
+    def finish(summary: Summary) -> None:
+        try:
+            write_widths_svg(summary.widths, config.out / "widths.svg", picture_title(summary))
+        except InputError as error:  # a picture is no reason to lose a run
+            print(f"no picture: {error}")
+        write_summary(summary, config.out / "summary.json")
+
+    summary = run_recipe(config, getattr(options, "resume", False), tell=print, finish=finish, progress=True)
+    print()
+    print(run_table(summary))
+    print()
+    print("\n".join(measured_lines(summary)))
+    print(f"\nwritten to {config.out}/ in {summary.seconds:.0f} s")
+    return 0
+
+
+def picture_title(summary: Summary) -> str:
+    """One line over the picture."""
+    macs = summary.macs_after / summary.macs_before
+    return (
+        f"{summary.model}: {macs:.2f} of the MACs, accuracy {summary.base_accuracy:.4f} → {summary.pruned_accuracy:.4f}"
+    )

@@ -1,0 +1,243 @@
+"""What a forward pass says about labels, while it runs: the state that the rules read and write."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taylor_cuda.graph.groups import Call, Role, named_tensors
+from taylor_cuda.graph.labels import FREE, Array, Dims, Labels, Reason
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+
+# attributes on tensors of the copy: they live exactly as long as the tensor, and no table has to be kept
+_DIMS = "_taylor_cuda_dims"
+_SOURCE = "_taylor_cuda_source"
+_CONSTANT = "_taylor_cuda_constant"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One dimension of one parameter or buffer: nodes ``start`` up to ``start + size``."""
+
+    tensor: str
+    dim: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that is a parameter or buffer of the model, perhaps with its dimensions permuted."""
+
+    name: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Read:
+    """One use of a weight that contracts channels away: ``labels`` are those of its input."""
+
+    labels: Array | None
+    place: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A layer whose weight is no parameter of the model: its channels have no place to be listed under."""
+
+    module: str
+    size: int
+    reason: Reason
+
+
+def code_line() -> str:
+    """``file.py:12`` of the innermost frame that is neither torch's nor this package's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith((_HERE, _TORCH, "<")):
+            return f"{os.path.basename(path)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+class Flow:
+    """Labels of every tensor of a forward pass, and what the layers do with them.
+
+    Attributes:
+        module: path of the module that runs now.
+        places: every dimension of every parameter and buffer, in the model's order.
+        roles: what a place is used as.
+        reads: uses of weights that end units.
+        affine: the bias of each weight of a normalisation whose output starts at that weight's own nodes.
+        calls: what costs MACs; kept up to date by the caller (one list a forward pass).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.labels = Labels()
+        self.module = ""
+        self.places: list[Place] = []
+        self.roles: dict[tuple[str, int], Role] = {}
+        self.reads: list[Read] = []
+        self.affine: dict[str, str] = {}
+        self.calls: list[Call] = []
+        self.outside: list[Outside] = []
+        self._dims_of: dict[str, Dims] = {}
+        for name, tensor in named_tensors(model).items():
+            dims: Dims = []
+            for dim, size in enumerate(tensor.shape):
+                self.places.append(Place(name, dim, self.labels.count, size))
+                dims.append(self.labels.new(size))
+            self._dims_of[name] = dims
+            setattr(tensor, _DIMS, dims)
+            setattr(tensor, _SOURCE, Source(name, tuple(range(tensor.dim()))))
+        # one entry more, so that FREE (-1) stays FREE
+        self._plain = np.append(np.arange(self.labels.count, dtype=np.int64), FREE)
+        self._is_origin = np.zeros(self.labels.count + 1, dtype=bool)
+        self._cleared: list[Array] = []
+
+    # -- labels of tensors -------------------------------------------------------------------------------------------
+
+    def of(self, tensor: Tensor) -> Dims:
+        """The labels of each dimension."""
+        dims: Dims | None = getattr(tensor, _DIMS, None)
+        if dims is None:
+            return [None] * tensor.dim()
+        if len(dims) != tensor.dim() or any(
+            labels is not None and labels.size != size for labels, size in zip(dims, tensor.shape, strict=True)
+        ):
+            self.freeze(dims, "resized in place")
+            return [None] * tensor.dim()
+        return list(dims)
+
+    def put(self, tensor: Tensor, dims: Dims, constant: bool = False) -> None:
+        """Give a tensor its labels. ``constant``: its values follow from its shape (and chance) alone."""
+        for labels, size in zip(dims, tensor.shape, strict=True):
+            if labels is not None and labels.size != size:
+                raise ValueError(f"{labels.size} labels for a dimension of {size}")
+        setattr(tensor, _DIMS, dims)
+        setattr(tensor, _CONSTANT, constant)
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether the values of a tensor follow from its shape (and chance) alone."""
+        return bool(getattr(tensor, _CONSTANT, False))
+
+    def source(self, tensor: Any) -> Source | None:
+        """The parameter or buffer that ``tensor`` is, values unchanged; None for what was computed."""
+        return getattr(tensor, _SOURCE, None)
+
+    def put_source(self, tensor: Tensor, source: Source | None) -> None:
+        """``tensor`` is this parameter or buffer."""
+        if source is not None:
+            setattr(tensor, _SOURCE, source)
+
+    # -- what rules say ----------------------------------------------------------------------------------------------
+
+    def reason(self, text: str, line: bool = True) -> Reason:
+        """``text`` with the module that runs now and the line of the user's code."""
+        return Reason(text, self.module, code_line() if line else "")
+
+    def equal(self, a: Array | None, b: Array | None, text: str) -> None:
+        """``a`` and ``b`` are the same channels, index by index."""
+        if a is not b:
+            self.labels.equal(a, b, self.reason(text, line=a is None or b is None))
+
+    def freeze(self, dims: Iterable[Array | None], text: str) -> None:
+        """All these channels stay."""
+        for labels in dims:
+            if labels is not None:
+                self.labels.freeze(labels, self.reason(text))
+
+    def freeze_tensors(self, tensors: Iterable[Tensor], text: str) -> None:
+        """All channels that reach these tensors stay."""
+        for tensor in tensors:
+            self.freeze(self.of(tensor), text)
+
+    def free(self, dims: Sequence[Array | None], text: str) -> Dims:
+        """Freeze ``dims``; what comes out of the operation carries no labels there."""
+        self.freeze(dims, text)
+        return [None] * len(dims)
+
+    def join(self, candidates: Sequence[Array | None], text: str) -> Array | None:
+        """One dimension that several tensors share: all labelled and equal, or frozen."""
+        first = candidates[0]
+        if all(labels is first for labels in candidates):
+            return first
+        if any(labels is None for labels in candidates):
+            return self.free(candidates, text)[0]
+        cleared = [self.clear(labels) for labels in candidates]
+        for labels in cleared[1:]:
+            self.equal(cleared[0], labels, text)
+        return cleared[0]
+
+    def role(self, source: Source | None, dim: int, role: Role) -> None:
+        """Say what dimension ``dim`` of a parameter is used as; two uses that differ freeze it."""
+        if source is None:
+            return
+        place = (source.name, source.dims[dim])
+        if self.roles.setdefault(place, role) != role:
+            self.freeze([self._dims_of[place[0]][place[1]]], f"a parameter used as {self.roles[place]} and as {role}")
+
+    def read(self, labels: Array | None, weight: Tensor, dim: int) -> None:
+        """A plain convolution or product contracts ``labels`` away with dimension ``dim`` of ``weight``."""
+        source = self.source(weight)
+        assert source is not None
+        self.role(source, dim, "read")
+        self.reads.append(Read(labels, (source.name, source.dims[dim])))
+        self.equal(labels, self.of(weight)[dim], "reads channels that no layer of the model writes")
+
+    def call(self, weight: Tensor | None, op: str, macs_per_weight: int) -> None:
+        """Note a use of a weight that costs MACs; without a weight, ``macs_per_weight`` is the whole cost."""
+        source = self.source(weight)
+        name = "" if source is None else source.name
+        if weight is not None and source is None:
+            macs_per_weight *= weight.numel()
+        self.calls.append(Call(name, self.module, op, macs_per_weight))
+
+    def computed(self, weight: Tensor, size: int, text: str) -> None:
+        """A layer whose weight isn't a parameter of the model: its ``size`` outputs stay."""
+        self.freeze(self.of(weight), text)
+        self.outside.append(Outside(self.module, size, self.reason(text)))
+
+    # -- origins: which labels left a normalisation and met nothing but positively homogeneous maps since -------------
+
+    def start(self, labels: Array | None, weight: Tensor, bias: Tensor) -> Array | None:
+        """The output of an affine normalisation: from here on its weight's own nodes, until :meth:`clear`."""
+        scale, shift = self.source(weight), self.source(bias)
+        own = self.of(weight)[0]
+        if labels is None or own is None or scale is None or shift is None:
+            return labels
+        plain = self.clear(labels)
+        assert plain is not None
+        self.affine[scale.name] = shift.name
+        self._plain[own] = np.where(plain >= 0, plain, own)
+        self._is_origin[own] = True
+        return own
+
+    def clear(self, labels: Array | None) -> Array | None:
+        """The same channels after a map that isn't positively homogeneous."""
+        if labels is None or not self._is_origin[labels].any():
+            return labels
+        self._cleared.append(labels)
+        return self._plain[labels]
+
+    def plain(self, labels: Array | None) -> Array | None:
+        """The same channels in a tensor that takes nothing but its shape from these."""
+        return labels if labels is None else self._plain[labels]
+
+    def origins(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Bool ``[nodes + 1]``: nodes whose normalisation's outputs were never cleared (the last is for FREE)."""
+        intact = self._is_origin.copy()
+        for labels in self._cleared:
+            intact[labels] = False
+        intact[FREE] = False
+        return intact

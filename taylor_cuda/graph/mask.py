@@ -1,0 +1,102 @@
+"""The model as it will be after a cut, with its shapes as they are: ``tc.masked``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taylor_cuda.graph.groups import Groups, check_keep, named_tensors
+from taylor_cuda.graph.sites import ReaderInputs, active_in_forward
+
+__all__ = ["MaskedForward", "masked", "position_masks"]
+
+
+def position_masks(
+    model: nn.Module, groups: Groups, keep: Mapping[str, Tensor], role: str
+) -> dict[str, Tensor]:
+    """For every tensor with a member of ``role``: bool over the positions of that member's dimension, True = kept.
+
+    Tensors of which everything is kept are left out.
+    """
+    tensors = named_tensors(model)
+    masks: dict[str, Tensor] = {}
+    for group in groups:
+        kept = keep.get(group.name)
+        if kept is None or kept.numel() == group.size:
+            continue
+        dropped = torch.ones(group.size, dtype=torch.bool)
+        dropped[kept.cpu()] = False
+        for member in group.members:
+            if member.role != role:
+                continue
+            tensor = tensors[member.tensor]
+            length = tensor.shape[member.dim]
+            mask = masks.setdefault(member.tensor, torch.ones(length, dtype=torch.bool, device=tensor.device))
+            mask[member.index[dropped].flatten().to(tensor.device)] = False
+    return masks
+
+
+class MaskedForward(ReaderInputs):
+    """Zeroes dropped positions at the inputs of readers, and lets a LayerNorm see kept positions only."""
+
+    def __init__(self, model: nn.Module, groups: Groups, keep: Mapping[str, Tensor]) -> None:
+        self._read = position_masks(model, groups, keep, "read")
+        super().__init__(model, self._read, self._zero_dropped)
+        tensors = named_tensors(model)
+        norms = position_masks(model, groups, keep, "norm")
+        self._norm = {id(tensors[name]): mask for name, mask in norms.items()}
+
+    def _zero_dropped(self, name: str, x: Tensor, dim: int) -> Tensor:
+        mask = self._read[name]
+        return torch.where(mask.view(-1, *(1,) * (x.dim() - 1 - dim)), x, x.new_zeros(()))
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is F.layer_norm:
+            return self._layer_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _layer_norm(
+        self,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        mask = self._norm.get(id(weight if weight is not None else bias))
+        if mask is None:
+            return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        count = mask.sum()
+        x = torch.where(mask, input, input.new_zeros(()))
+        mean = x.sum(-1, keepdim=True) / count
+        centred = torch.where(mask, input - mean, input.new_zeros(()))
+        variance = centred.square().sum(-1, keepdim=True) / count
+        y = centred * torch.rsqrt(variance + eps)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+
+@contextmanager
+def masked(model: nn.Module, groups: Groups, plan: Any) -> Iterator[None]:
+    """The channels a plan drops are off, shapes as they were. What ``tc.cut`` will compute, before it is done.
+
+    Args:
+        model: the traced module itself, not a compiled or wrapped one.
+        groups: from ``tc.trace`` of this model.
+        plan: a ``tc.Plan``, or ``{group name: int64 indices of the units to keep}``.
+
+    Dropped units are zeroed at the inputs of their readers; a LayerNorm inside a group takes its statistics over what is kept.
+    """
+    keep: Mapping[str, Tensor] = getattr(plan, "keep", plan)
+    check_keep(groups, dict(keep))
+    handles = active_in_forward(model, MaskedForward(model, groups, keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

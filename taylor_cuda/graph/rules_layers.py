@@ -1,0 +1,221 @@
+"""Rules of layers with weights: convolutions, products, normalisations, embeddings."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+from torch import Tensor
+
+from taylor_cuda.graph.flow import Flow
+from taylor_cuda.graph.labels import Array, Dims
+from taylor_cuda.graph.rules import Op, rule, tensors_in
+
+_COMPUTED = "a layer whose weight is computed, not a parameter of the model"
+
+
+def _is_parameter(flow: Flow, weight: Tensor) -> bool:
+    """Whether ``weight`` is a parameter of the model with its dimensions in order."""
+    source = flow.source(weight)
+    return source is not None and source.dims == tuple(range(weight.dim()))
+
+
+@rule("convolution")
+def convolution(flow: Flow, op: Op) -> None:
+    """The input's channels end at the weight's input dimension; the output's are the weight's output dimension."""
+    x, weight, bias, _stride, _padding, _dilation, transposed, _output_padding, groups = op.args
+    dims = flow.of(x)
+    flow.freeze(dims[2:], "a convolution over channels")
+    space = x if transposed else op.out
+    flow.call(weight, "convolution", space.shape[0] * prod(space.shape[2:]))
+    if not _is_parameter(flow, weight):
+        flow.freeze([dims[1]], _COMPUTED)
+        flow.computed(weight, op.out.shape[1], _COMPUTED)
+        written = None
+    elif groups == 1:
+        reads, writes = (0, 1) if transposed else (1, 0)
+        flow.read(dims[1], weight, reads)
+        flow.role(flow.source(weight), writes, "write")
+        written = flow.of(weight)[writes]
+    else:
+        written = _grouped(flow, dims[1], weight, groups, op.out.shape[1])
+    if bias is not None:
+        flow.equal(flow.of(bias)[0], written, "the bias of a layer whose outputs stay")
+    flow.put(op.out, [dims[0], written, *[None] * (op.out.dim() - 2)])
+
+
+def _grouped(flow: Flow, labels: Array | None, weight: Tensor, groups: int, width: int) -> Array | None:
+    """A convolution group is one unit, input and output; returns the labels of the ``width`` outputs."""
+    text = "a grouped convolution of channels that no layer of the model writes"
+    inputs = flow.clear(labels)
+    first, inner = flow.of(weight)[:2]
+    flow.role(flow.source(weight), 0, "write")
+    flow.freeze([inner], "inside a convolution group")
+    if inputs is None or first is None:
+        flow.freeze([inputs, first], text)
+        return None
+    lead = inputs.reshape(groups, -1)[:, 0]
+    flow.equal(np.repeat(lead, inputs.size // groups), inputs, text)
+    # a transposed weight has its inputs along dimension 0, a plain one its outputs: whole groups either way
+    flow.equal(np.repeat(lead, first.size // groups), first, text)
+    return np.repeat(lead, width // groups)
+
+
+def _product(flow: Flow, op: Op, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``a [rows, inner] @ b [inner, columns]``, where at most one is a parameter, permuted or not."""
+    text = "contracted by a product that is not of a weight"
+    left, right = flow.source(a), flow.source(b)
+    a_dims, b_dims = flow.of(a), flow.of(b)
+    dims: Dims = [a_dims[0], b_dims[1]]
+    if right is not None and left is None:
+        flow.call(b, op.name, a.shape[0])
+        flow.read(a_dims[1], b, 0)
+        flow.role(right, 1, "write")
+    elif left is not None and right is None:
+        flow.call(a, op.name, b.shape[1])
+        flow.read(b_dims[0], a, 1)
+        flow.role(left, 0, "write")
+    else:
+        flow.call(None, op.name, a.shape[0] * a.shape[1] * b.shape[1])
+        dims = flow.free(a_dims, text if left is None else _COMPUTED)
+        if b_dims != [None, None]:
+            flow.computed(b, out.shape[1], _COMPUTED)
+    if bias is not None:
+        if bias.dim() == 2 and bias.shape[0] > 1:
+            flow.equal(flow.of(bias)[0], dims[0], "the bias of a product")
+        if bias.shape[-1] == out.shape[1]:
+            flow.equal(flow.of(bias)[-1], dims[1], "the bias of a layer whose outputs stay")
+        else:
+            flow.freeze_tensors([bias], "broadcast")
+    flow.put(out, dims)
+
+
+@rule("mm")
+def mm(flow: Flow, op: Op) -> None:
+    """A product of two matrices."""
+    _product(flow, op, op.args[0], op.args[1], None, op.out)
+
+
+@rule("addmm")
+def addmm(flow: Flow, op: Op) -> None:
+    """A product of two matrices plus a bias."""
+    _product(flow, op, op.args[1], op.args[2], op.args[0], op.out)
+
+
+@rule("linear")
+def linear(flow: Flow, op: Op) -> None:
+    """A linear layer that the dispatcher left whole."""
+    x, weight, bias = op.args[0], op.args[1], op.arg(2, "bias")
+    dims = flow.of(x)
+    flow.call(weight, "linear", prod(x.shape[:-1]))
+    if not _is_parameter(flow, weight):
+        flow.freeze([dims[-1]], _COMPUTED)
+        flow.computed(weight, weight.shape[0], _COMPUTED)
+        written = None
+    else:
+        flow.read(dims[-1], weight, 1)
+        flow.role(flow.source(weight), 0, "write")
+        written = flow.of(weight)[0]
+    if bias is not None:
+        flow.equal(flow.of(bias)[0], written, "the bias of a layer whose outputs stay")
+    flow.put(op.out, [*dims[:-1], written])
+
+
+@rule("bmm", "baddbmm")
+def bmm(flow: Flow, op: Op) -> None:
+    """A product of activations: what it contracts stays."""
+    a, b = op.args[-2:]
+    a_dims, b_dims = flow.of(a), flow.of(b)
+    flow.call(None, op.name, prod(a.shape) * b.shape[2])
+    flow.freeze([a_dims[2], b_dims[1]], "contracted by a product of activations")
+    if op.name == "baddbmm":
+        flow.freeze_tensors([op.args[0]], "the bias of a product of activations")
+    batch = flow.join([a_dims[0], b_dims[0]], "a product of activations with channels of one of them only")
+    flow.put(op.out, [flow.clear(labels) for labels in (batch, a_dims[1], b_dims[2])])
+
+
+@rule(
+    "native_batch_norm",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "_native_batch_norm_legit_functional",
+    "_batch_norm_with_update",
+    "_batch_norm_with_update_functional",
+    "_batch_norm_no_update",
+)
+def batch_norm(flow: Flow, op: Op) -> None:
+    """Weight, bias and statistics lie along the channels."""
+    dims = flow.of(op.x)
+    flow.freeze([dims[0], *dims[2:]], "a batch normalisation over channels")
+    vectors = [value for value in op.args[1:5] if isinstance(value, Tensor)]
+    for vector in vectors:
+        flow.role(flow.source(vector), 0, "norm")
+        flow.equal(flow.of(vector)[0], dims[1], "a normalisation of channels that no layer of the model writes")
+    out: Tensor = op.out if isinstance(op.out, Tensor) else op.out[0]
+    weight, bias = op.args[1:3]
+    labels = dims[1]
+    if isinstance(weight, Tensor) and isinstance(bias, Tensor):
+        labels = flow.start(labels, weight, bias)
+    if labels is dims[1]:
+        labels = flow.clear(labels)
+    flow.put(out, [None, labels, *[None] * (out.dim() - 2)])
+
+
+@rule("native_layer_norm")
+def layer_norm(flow: Flow, op: Op) -> None:
+    """Over exactly the last dimension, with weight and bias: its statistics are taken over what is kept."""
+    shape, weight, bias = op.args[1:4]
+    dims = flow.of(op.x)
+    out = op.out[0]
+    rest = [flow.clear(labels) for labels in dims[:-1]]
+    affine = weight is not None and bias is not None and flow.source(weight) and flow.source(bias)
+    if len(shape) == 1 and affine:
+        text = "a normalisation of channels that no layer of the model writes"
+        for vector in (weight, bias):
+            flow.role(flow.source(vector), 0, "norm")
+            flow.equal(flow.of(vector)[0], dims[-1], text)
+        flow.put(out, [*rest, flow.start(dims[-1], weight, bias)])
+        return
+    text = "a layer normalisation without weight and bias, or over several dimensions"
+    flow.freeze_tensors([vector for vector in (weight, bias) if vector is not None], text)
+    kept = len(dims) - len(shape)
+    flow.put(out, [*rest[:kept], *flow.free(dims[kept:], text)])
+
+
+@rule("native_group_norm")
+def group_norm(flow: Flow, op: Op) -> None:
+    """A unit is a whole norm group."""
+    weight, bias, groups = op.args[1], op.args[2], op.args[6]
+    dims = flow.of(op.x)
+    flow.freeze(dims[2:], "a group normalisation over channels")
+    labels = dims[1]
+    out = op.out[0]
+    text = "a group normalisation of channels that no layer of the model writes"
+    if weight is None or bias is None or labels is None:
+        text = "a group normalisation without weight and bias" if weight is None or bias is None else text
+        flow.freeze_tensors(tensors_in(weight, bias), text)
+        flow.put(out, [dims[0], *flow.free(dims[1:], text)])
+        return
+    lead = np.repeat(labels.reshape(groups, -1)[:, 0], labels.size // groups)
+    flow.equal(lead, labels, text)
+    for vector in (weight, bias):
+        flow.role(flow.source(vector), 0, "norm")
+        flow.equal(flow.of(vector)[0], lead, text)
+    started = flow.start(labels, weight, bias)
+    flow.put(out, [dims[0], flow.clear(labels) if started is labels else started, *[None] * (out.dim() - 2)])
+
+
+@rule("embedding")
+def embedding(flow: Flow, op: Op) -> None:
+    """A table's columns are written for every index."""
+    weight, index = op.args[:2]
+    flow.freeze(flow.of(index), "indices of an embedding")
+    rows, columns = flow.of(weight)
+    flow.freeze([rows], "the rows of an embedding")
+    if flow.source(weight) is None:
+        columns = flow.free([columns], _COMPUTED)[0]
+    else:
+        flow.role(flow.source(weight), 1, "write")
+    flow.put(op.out, [*[None] * index.dim(), columns])

@@ -1,0 +1,87 @@
+"""Reaching the inputs of readers, wherever in Python code they are called.
+
+A reader is known by its weight, not by its module: ``F.conv2d(x, self.conv.weight)`` in a hand-written forward is met as well as
+``self.conv(x)``. Inputs are met above autograd, so what is put there takes part in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from taylor_cuda.errors import InputError
+from taylor_cuda.graph.groups import named_tensors
+
+Transform = Callable[[str, Tensor, int], Tensor]
+"""``(name of the weight, input, channel dimension) -> what the reader gets instead``; the dimension is >= 0."""
+
+_SPATIAL = {
+    torch.conv1d: 1,
+    torch.conv2d: 2,
+    torch.conv3d: 3,
+    torch.conv_transpose1d: 1,
+    torch.conv_transpose2d: 2,
+    torch.conv_transpose3d: 3,
+    F.linear: 0,
+}
+READER_FUNCTIONS = frozenset(_SPATIAL)
+
+
+class ReaderInputs(TorchFunctionMode):
+    """While active, passes the input of every call that uses one of ``weights`` through ``transform``."""
+
+    def __init__(self, model: nn.Module, weights: Iterable[str], transform: Transform) -> None:
+        super().__init__()
+        tensors = named_tensors(model)
+        self._name_of = {id(tensors[name]): name for name in weights}
+        self._transform = transform
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SPATIAL:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            name = self._name_of.get(id(weight))
+            if name is not None:
+                x = args[0] if args else kwargs.pop("input")
+                dim = x.dim() - 1 - _SPATIAL[func]
+                args = (self._transform(name, x, dim), *args[1:])
+        return self.call(func, args, kwargs)
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one function; a place for subclasses to change what it does."""
+        return func(*args, **kwargs)
+
+
+def active_in_forward(model: nn.Module, mode: TorchFunctionMode) -> list[RemovableHandle]:
+    """Make ``mode`` active during every forward pass of ``model`` and nowhere else. Remove the handles to end that."""
+
+    def enter(_module: nn.Module, _args: Any) -> None:
+        mode.__enter__()
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        mode.__exit__(None, None, None)
+
+    return [
+        model.register_forward_pre_hook(enter),
+        model.register_forward_hook(leave, always_call=True),
+    ]
+
+
+def check_plain(model: nn.Module, what: str) -> None:
+    """Raise for a module whose forward pass would hide what is put into the model inside it."""
+    if hasattr(model, "_orig_mod"):
+        raise InputError(
+            f"{what}: model was compiled; hooks added later have no effect on it. Give the original module and compile after"
+        )
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise InputError(f"{what}: model is wrapped in {type(model).__name__}; give the module inside, model.module")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{what}: model must be a torch.nn.Module, got {type(model).__name__}")

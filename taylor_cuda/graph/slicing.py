@@ -1,0 +1,203 @@
+"""What a plan means for every tensor and every layer: which positions stay, and what the sizes become.
+
+The parts are separate so that a transaction can be built from them: :func:`tensor_keeps` and :func:`shrink_groups` only compute,
+:func:`slice_tensor` returns a new tensor, :func:`update_attributes` returns what it replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
+
+__all__ = ["Sliced", "layer_sizes", "shrink_groups", "slice_model", "slice_tensor", "tensor_keeps", "update_attributes"]
+
+Keeps = dict[str, dict[int, Tensor]]
+"""``{tensor name: {dimension: sorted int64 positions that stay}}``, on the CPU; what keeps all of its positions is left out."""
+
+
+def tensor_keeps(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor]) -> Keeps:
+    """Positions that stay along every dimension that shrinks.
+
+    Args:
+        model: the model as it is now; only the shapes of its tensors are read.
+        groups: its groups as they are now.
+        keep: ``{group name: sorted int64 unit indices}``; a group that isn't named keeps all.
+
+    Returns:
+        ``{tensor name: {dimension: sorted int64 [positions kept]}}``.
+    """
+    tensors = named_tensors(model)
+    stays: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.bool_]]] = {}
+    for group in groups:
+        kept = keep.get(group.name)
+        if kept is None or kept.numel() == group.size:
+            continue
+        dropped = np.ones(group.size, dtype=bool)
+        dropped[kept.cpu().numpy()] = False
+        for member in group.members:
+            place = (member.tensor, member.dim)
+            if place not in stays:
+                stays[place] = np.ones(tensors[member.tensor].shape[member.dim], dtype=bool)
+            stays[place][member.index.numpy()[dropped]] = False
+    keeps: Keeps = {}
+    for (name, dim), mask in stays.items():
+        keeps.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
+    return keeps
+
+
+def slice_tensor(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """A new tensor with only the ``kept`` positions of each dimension; same dtype, device and order of dimensions in memory.
+
+    Args:
+        tensor: any shape.
+        kept: ``{dimension: int64 positions}``.
+    """
+    result = tensor.detach()
+    for dim, positions in kept.items():
+        result = result.index_select(dim, positions.to(tensor.device))
+    if tensor.layout != torch.strided:
+        return result
+    strides = _strides_like(tensor, result.shape)
+    if result.stride() == strides:
+        return result
+    return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
+
+
+def _strides_like(tensor: Tensor, shape: torch.Size) -> tuple[int, ...]:
+    """Strides of a dense tensor of ``shape`` with its dimensions in the order in memory of those of ``tensor``.
+
+    ``is_contiguous(memory_format=…)`` can't tell the formats of a 1×1 or a depthwise weight apart; their strides do, once
+    dimensions of length 1 count as the inner one of two with equal stride.
+    """
+    inner_first = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d] > 1, -d))
+    strides, step = [0] * tensor.dim(), 1
+    for d in inner_first:
+        strides[d] = step
+        step *= shape[d]
+    return tuple(strides)
+
+
+def _moved(member: Member, kept_units: Tensor, keeps: Keeps) -> Member:
+    index = member.index[kept_units]
+    positions = keeps.get(member.tensor, {}).get(member.dim)
+    if positions is not None:
+        index = torch.from_numpy(np.searchsorted(positions.numpy(), index.numpy()))
+    return replace(member, index=index)
+
+
+def shrink_groups(groups: Groups, keep: Mapping[str, Tensor], keeps: Keeps) -> tuple[ChannelGroup, ...]:
+    """The groups of the smaller model: kept units only, positions renumbered in every dimension that shrank.
+
+    Args:
+        groups: the groups before.
+        keep: ``{group name: sorted int64 unit indices}``; a group that isn't named keeps all.
+        keeps: :func:`tensor_keeps` of the same plan. Positions shift in every group that shares a dimension with one that shrinks.
+    """
+    result = []
+    for group in groups:
+        kept = keep.get(group.name)
+        kept = torch.arange(group.size) if kept is None else kept.cpu()
+        moved = {id(member): _moved(member, kept, keeps) for member in group.members}
+        result.append(
+            replace(
+                group,
+                members=tuple(moved[id(member)] for member in group.members),
+                kept=group.kept[kept],
+                affine=tuple(moved.get(id(member)) or _moved(member, kept, keeps) for member in group.affine),
+            )
+        )
+    return tuple(result)
+
+
+def _conv_sizes(module: _ConvNd, weight: Tensor) -> dict[str, Any]:
+    first, second = weight.shape[:2]
+    if module.groups == 1:
+        sizes = (second, first) if module.transposed else (first, second)
+        return {"out_channels": sizes[0], "in_channels": sizes[1]}
+    # a grouped convolution loses whole convolution groups: channels per group stay
+    if module.transposed:
+        count = first // (module.in_channels // module.groups)
+        return {"groups": count, "in_channels": first, "out_channels": second * count}
+    count = first // (module.out_channels // module.groups)
+    return {"groups": count, "out_channels": first, "in_channels": second * count}
+
+
+def layer_sizes(module: nn.Module) -> dict[str, Any]:
+    """The size attributes of a layer that follow from the shapes its tensors have now; empty for other modules.
+
+    ``module``'s own attributes must still be those of before (a convolution's channels per group are read from them).
+    """
+    weight = module._parameters.get("weight")
+    if isinstance(module, _NormBase):
+        stat = weight if weight is not None else module._buffers.get("running_mean")
+        return {} if stat is None else {"num_features": stat.shape[0]}
+    if weight is None:
+        return {}
+    if isinstance(module, _ConvNd):
+        return _conv_sizes(module, weight)
+    if isinstance(module, nn.Linear):
+        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return {"normalized_shape": tuple(weight.shape)}
+    if isinstance(module, nn.GroupNorm):
+        per_group = module.num_channels // module.num_groups
+        return {"num_channels": weight.shape[0], "num_groups": weight.shape[0] // per_group}
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": weight.shape[0]}
+    return {}
+
+
+def update_attributes(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Make every layer's size attributes follow its tensors; returns ``(module, attribute, old value)`` of what changed."""
+    changed = []
+    for module in model.modules():
+        for name, value in layer_sizes(module).items():
+            old = getattr(module, name)
+            if old != value:
+                changed.append((module, name, old))
+                setattr(module, name, value)
+    return changed
+
+
+@dataclass
+class Sliced:
+    """What :func:`slice_model` replaced, by reference. :meth:`restore` puts it back."""
+
+    tensors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+
+    def restore(self) -> None:
+        """Put back tensors and attributes."""
+        for tensor, data in self.tensors:
+            tensor.data = data
+        for module, name, old in self.attributes:
+            setattr(module, name, old)
+
+
+def slice_model(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor]) -> Sliced:
+    """Slice parameters and buffers of ``model`` in place (the same objects) and update its layers' attributes.
+
+    This is the bare cut: no gradients, no optimizer, no verification, ``groups`` unchanged.
+
+    Returns:
+        What was replaced; ``.restore()`` undoes it.
+    """
+    tensors = named_tensors(model)
+    done = Sliced()
+    for name, kept in tensor_keeps(model, groups, keep).items():
+        tensor = tensors[name]
+        done.tensors.append((tensor, tensor.data))
+        tensor.data = slice_tensor(tensor.data, kept)
+    done.attributes = update_attributes(model)
+    return done

@@ -1,0 +1,166 @@
+"""From solved labels to groups: classes of nodes become units, units in the same places become groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from taylor_cuda.graph.flow import Flow, Place
+from taylor_cuda.graph.groups import ChannelGroup, Frozen, Member
+from taylor_cuda.graph.labels import NEVER, Array, Bools, Classes
+
+_NO_READER = "no layer that reads them and ends there was met"
+_ALONE = "one unit in all"
+_UNREACHED = "read by a product that is neither a convolution nor a linear layer"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Stretches of nodes with one class and one place, of candidate classes; classes ascending, then places.
+
+    Attributes:
+        nodes: the nodes of all candidate classes, sorted by class, then by node.
+        root: int64 ``[runs]``.
+        place: int64 ``[runs]``.
+        count: int64 ``[runs]``, nodes in each.
+        first_of_class: int64 ``[classes]``, the first run of each class.
+    """
+
+    nodes: Array
+    root: Array
+    place: Array
+    count: Array
+    first_of_class: Array
+
+
+def _mix(values: Array) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """A 64-bit hash of each value (splitmix64)."""
+    z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def find_runs(root: Array, place_of: Array, candidate: Bools) -> Runs:
+    """Sort the nodes of candidate classes.
+
+    Args:
+        root: int64 ``[nodes]``.
+        place_of: int64 ``[nodes]``.
+        candidate: bool ``[nodes]``, by root.
+    """
+    chosen = np.flatnonzero(candidate[root])
+    # nodes ascend with their places, so a stable sort by class leaves every class sorted by place and position
+    nodes = chosen[np.argsort(root[chosen], kind="stable")]
+    roots, places = root[nodes], place_of[nodes]
+    starts = np.flatnonzero(np.r_[True, (roots[1:] != roots[:-1]) | (places[1:] != places[:-1])] if nodes.size else [])
+    run_root = roots[starts]
+    count = np.diff(np.r_[starts, nodes.size])
+    first = np.flatnonzero(np.r_[True, run_root[1:] != run_root[:-1]] if starts.size else [])
+    return Runs(nodes, run_root, places[starts], count, first)
+
+
+class Units:
+    """The classes of one model's nodes and what is known of each."""
+
+    def __init__(self, flow: Flow, classes: Classes) -> None:
+        self.flow = flow
+        self.classes = classes
+        self.places = flow.places
+        sizes = np.array([place.size for place in self.places], dtype=np.int64)
+        self.start = np.array([place.start for place in self.places], dtype=np.int64)
+        self.place_of = np.repeat(np.arange(len(self.places), dtype=np.int64), sizes)
+        self.tensor_of = np.cumsum(
+            [at > 0 and place.tensor != self.places[at - 1].tensor for at, place in enumerate(self.places)], dtype=np.int64
+        )
+        self.at = {(place.tensor, place.dim): at for at, place in enumerate(self.places)}
+
+    def nodes(self, place: Place) -> Array:
+        """The nodes of one dimension."""
+        return np.arange(place.start, place.start + place.size, dtype=np.int64)
+
+    def having(self, role: str) -> Bools:
+        """Bool ``[nodes]``, by root: classes with a place of this role."""
+        has = np.zeros(self.classes.root.size, dtype=bool)
+        for place, given in self.flow.roles.items():
+            if given == role:
+                has[self.classes.root[self.nodes(self.places[self.at[place]])]] = True
+        return has
+
+    def groups(self) -> tuple[list[ChannelGroup], dict[int, str]]:
+        """Groups in the model's order, and why classes (by root) that nothing froze are none."""
+        reads = self.having("read")
+        candidate = (self.classes.event == NEVER) & self.having("write")
+        runs = find_runs(self.classes.root, self.place_of, candidate & reads)
+        why = dict.fromkeys(np.flatnonzero(candidate & ~reads).tolist(), _NO_READER)
+        result: list[tuple[int, tuple[Member, ...]]] = []
+        if runs.first_of_class.size:
+            signature = np.add.reduceat(_mix(runs.place * (1 << 32) + runs.count), runs.first_of_class)
+            _, group_of, size_of = np.unique(signature, return_inverse=True, return_counts=True)
+            order = np.argsort(group_of, kind="stable")
+            begin = np.r_[0, np.cumsum(runs.count)]
+            for units in np.split(order, np.cumsum(size_of)[:-1]):
+                if units.size == 1:
+                    why[int(runs.root[runs.first_of_class[units[0]]])] = _ALONE
+                else:
+                    result.append(self._members(runs, units, begin))
+        result.sort(key=lambda item: item[0])
+        return self._named([members for _, members in result]), why
+
+    def _members(self, runs: Runs, units: Array, begin: Array) -> tuple[int, tuple[Member, ...]]:
+        """The members of one group, and its first node. ``units``: classes by number, ascending."""
+        first_runs = runs.first_of_class[units]
+        one = np.flatnonzero(runs.root == runs.root[first_runs[0]])
+        count = runs.count[one]
+        table = runs.nodes[begin[first_runs][:, None] + np.arange(count.sum())]
+        members = []
+        for place_index, nodes in zip(runs.place[one], np.split(table, np.cumsum(count)[:-1], axis=1), strict=True):
+            place = self.places[place_index]
+            index = torch.from_numpy(np.ascontiguousarray(nodes - place.start))
+            role = self.flow.roles.get((place.tensor, place.dim), "other")
+            members.append(Member(place.tensor, place.dim, index, role))
+        return int(table[0, 0]), tuple(members)
+
+    def _named(self, groups: list[tuple[Member, ...]]) -> list[ChannelGroup]:
+        seen: dict[str, int] = {}
+        named = []
+        for members in groups:
+            writer = next(member.tensor for member in members if member.role == "write")
+            name = writer.rpartition(".")[0] or writer
+            seen[name] = seen.get(name, 0) + 1
+            full = name if seen[name] == 1 else f"{name}#{seen[name]}"
+            size = members[0].index.shape[0]
+            named.append(ChannelGroup(full, members, torch.arange(size), size))
+        return named
+
+    def frozen(self, why: dict[int, str]) -> list[Frozen]:
+        """Written channels that stay, counted by the module that writes them first and by reason."""
+        root, event = self.classes.root, self.classes.event
+        seen = np.zeros(root.size, dtype=bool)
+        sizes: dict[tuple[str, str], int] = {}
+        for place_index, place in enumerate(self.places):
+            if self.flow.roles.get((place.tensor, place.dim)) != "write":
+                continue
+            mine = root[self.nodes(place)]
+            fresh = mine[~seen[mine]]
+            seen[mine] = True
+            name = self.places[place_index].tensor.rpartition(".")[0] or place.tensor
+            for code, size in zip(*np.unique(np.minimum(event[fresh], NEVER), return_counts=True), strict=True):
+                if code != NEVER:
+                    key = (name, str(self.classes.reasons[code]))
+                    sizes[key] = sizes.get(key, 0) + int(size)
+            for text in (why[int(class_)] for class_ in fresh if int(class_) in why) if why else ():
+                sizes[name, text] = sizes.get((name, text), 0) + 1
+        for layer in self.flow.outside:
+            key = (layer.module, str(layer.reason))
+            sizes[key] = max(sizes.get(key, 0), layer.size)
+        return [Frozen(name, size, reason) for (name, reason), size in sizes.items()]
+
+
+def freeze_unreached(flow: Flow, seen: set[str]) -> None:
+    """Freeze what is read by a parameter that no reader function of ``sites.py`` was called with."""
+    for read in flow.reads:
+        if read.place[0] not in seen:
+            flow.freeze([read.labels], _UNREACHED)

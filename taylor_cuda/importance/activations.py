@@ -1,0 +1,82 @@
+"""Activation × gradient sums at the inputs of readers, collected while the user's own backward pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylor_cuda import ops
+from taylor_cuda.errors import InputError
+from taylor_cuda.graph.sites import ReaderInputs, active_in_forward
+
+
+@dataclass
+class ForwardPass:
+    """What one forward pass left: per reader the sums and the positions of space (or tokens) they run over."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    length: dict[str, int] = field(default_factory=dict)
+
+
+class ReaderSums:
+    """Puts a scoring gate before every use of ``weights``; the sums of a weight used several times add up.
+
+    Args:
+        model: the traced module.
+        weights: names of the readers' weights.
+        per_example: keep Σ_l a·g for each example, ``[N, C]``, instead of the sum over the batch, ``[C]``.
+    """
+
+    def __init__(self, model: nn.Module, weights: Iterable[str], *, per_example: bool) -> None:
+        self.passes: list[ForwardPass] = []
+        self._per_example = per_example
+        self._handles = [
+            model.register_forward_pre_hook(self._begin),
+            *active_in_forward(model, ReaderInputs(model, weights, self._gate)),
+        ]
+
+    def _begin(self, _module: nn.Module, _args: Any) -> None:
+        if torch.is_grad_enabled():
+            self.passes.append(ForwardPass())
+
+    def _gate(self, name: str, x: Tensor, dim: int) -> Tensor:
+        if not torch.is_grad_enabled():
+            return x
+        if not x.requires_grad:
+            # Everything before this reader is frozen: the graph has to begin here, or the gate gets no gradient.
+            x = x.detach().requires_grad_()
+        if dim == 0:
+            return self._gate(name, x.unsqueeze(0), 1).squeeze(0)
+        channels_second = x.movedim(dim, 1)
+        return ops.score_gate(channels_second, self._sums_for(name, channels_second)).movedim(1, dim)
+
+    def _sums_for(self, name: str, x: Tensor) -> Tensor:
+        current = self.passes[-1]
+        shape = (x.shape[0], x.shape[1]) if self._per_example else (x.shape[1],)
+        sums = current.sums.get(name)
+        if sums is not None and sums.shape != shape:
+            raise InputError(
+                f"{name} reads batches of {sums.shape[0]} and of {shape[0]} examples in one forward pass: "
+                "per-example criteria need one batch size; use criterion='taylor_fo'"
+            )
+        if sums is None:
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            sums = current.sums[name] = torch.zeros(shape, dtype=dtype, device=x.device)
+            current.length[name] = x[0, 0].numel()
+        return sums
+
+    def take(self) -> list[ForwardPass]:
+        """Everything since the last call, one entry a forward pass."""
+        passes, self.passes = self.passes, []
+        return passes
+
+    def close(self) -> None:
+        """Take the gates out of the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.passes = []

@@ -1,0 +1,72 @@
+"""The criteria: what each one measures, and from what. Their arithmetic is in ``estimator``.
+
+Notation: E the mini-batch mean loss; t[n,c] = Σ_l a·g at the inputs of a unit's readers, added up over all of them, with a the
+activation and g = dE/da; w, g the weights that write a unit and their gradients; γ, β the affine parameters of a normalisation.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from taylor_cuda.errors import InputError
+
+Source = Literal["parameters", "activations", "auto"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One way to value a unit.
+
+    Attributes:
+        name: what users write.
+        formula: importance of one unit after one optimizer step.
+        gate: the criterion is the gradient of a gate on the unit, which parameters may give without any activation.
+        per_example: needs t[n,c] of every example.
+        gradient: needs a backward pass at all.
+        reference: where it is defined.
+    """
+
+    name: str
+    formula: str
+    gate: bool
+    per_example: bool
+    gradient: bool
+    reference: str
+
+
+CRITERIA = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion("taylor_fo", "(Σ_n t)²", True, False, True, "Molchanov et al. 2019, gate; = (γ·dγ + β·dβ)²"),
+        Criterion("taylor_fg", "Σ_n t²", False, True, True, "Molchanov et al. 2019, full gradient"),
+        Criterion("taylor_weight", "Σ (w·g)²", False, False, True, "Molchanov et al. 2019, weights of the filter"),
+        Criterion("taylor_output", "mean_n |t / L| / ‖·‖₂ of the group", False, True, True, "Molchanov et al. 2017"),
+        Criterion("magnitude", "Σ w²", False, False, False, "squared L2 norm of the filter"),
+        Criterion("bn_scale", "mean |γ|", False, False, False, "Liu et al. 2017, network slimming"),
+        Criterion("random", "uniform in [0, 1)", False, False, False, "the floor every criterion has to beat"),
+    )
+}
+
+
+def find_criterion(name: str) -> Criterion:
+    """The criterion of that name, or an error that lists them."""
+    if name not in CRITERIA:
+        near = difflib.get_close_matches(str(name), CRITERIA, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise InputError(f"criterion: wanted one of {', '.join(CRITERIA)}, got {name!r}{hint}")
+    return CRITERIA[name]
+
+
+def check_source(source: str, criterion: Criterion) -> None:
+    """Raise unless ``criterion`` can be taken from ``source``."""
+    if source not in ("parameters", "activations", "auto"):
+        raise InputError(f"source: wanted 'parameters', 'activations' or 'auto', got {source!r}")
+    if source == "parameters" and criterion.per_example:
+        raise InputError(
+            f"source: {criterion.name!r} needs the sums of every example, which parameter gradients no longer hold; "
+            "use source='activations' or 'auto'"
+        )
+    if source == "activations" and not (criterion.gate or criterion.per_example):
+        raise InputError(f"source: {criterion.name!r} is a function of parameters; use source='parameters' or 'auto'")

@@ -1,0 +1,118 @@
+"""The fast ops: drop-in functions for tensors of any layout, on the CPU and on CUDA.
+
+Each has one definition (``reference``), one or two kernels, and one place that chooses between them (``backends``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from taylor_cuda.ops import backends, checks, library
+from taylor_cuda.ops.gate import ScoreGate, score_gate
+from taylor_cuda.ops.reference import CHANNEL_REDUCTIONS, WEIGHT_REDUCTIONS
+
+__all__ = [
+    "ScoreGate",
+    "accumulate_channel_sums",
+    "backends",
+    "channel_importance",
+    "channel_sums",
+    "score_gate",
+    "weight_importance",
+]
+
+
+def channel_importance(activation: Tensor, gradient: Tensor, reduction: str = "batch") -> Tensor:
+    """Importance of every channel from an activation and the loss's gradient in it, in one pass over both.
+
+    With t[n, c] = Σ_l a·g over the L positions of a feature map:
+
+    - ``"batch"``: (Σ_n t)², Taylor-FO of a gate on the channel (arXiv:1906.10771, eq. 8). For a loss that is the batch's mean.
+    - ``"sample"``: Σ_n t², every example on its own.
+    - ``"abs"``: mean_n |t / L|, the Taylor criterion of arXiv:1611.06440.
+    - ``"element"``: Σ_{n,l} (a·g)².
+
+    The result has no gradient. Two runs are bit-equal, and a NaN stays in its channel. An empty batch gives zeros.
+
+    Args:
+        activation: ``[N, C, *spatial]`` (``[N, C]`` too), float32, float16, bfloat16 (float64 on the CPU), any strides.
+        gradient: dE/da, of the same shape, dtype and device.
+        reduction: one of the four above.
+
+    Returns:
+        ``[C]``, float32 (float64 for float64 inputs); higher means: keep.
+
+    Raises:
+        InputError: a wrong dtype, two dtypes, shapes or devices, or an unknown reduction.
+    """
+    checks.check_activation_pair(activation, gradient)
+    checks.check_reduction(reduction, CHANNEL_REDUCTIONS)
+    result: Tensor = library.channel_importance(activation, gradient, reduction)
+    return result
+
+
+def channel_sums(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Per-example gate gradients t[n, c] = Σ_l a·g, for criteria of one's own.
+
+    Args:
+        activation: ``[N, C, *spatial]``, float32, float16, bfloat16 (float64 on the CPU), any strides.
+        gradient: dE/da, of the same shape, dtype and device.
+
+    Returns:
+        ``[N, C]``, float32 (float64 for float64 inputs), signed. No gradient; two runs are bit-equal.
+
+    Raises:
+        InputError: a wrong dtype, or two dtypes, shapes or devices.
+    """
+    checks.check_activation_pair(activation, gradient)
+    result: Tensor = library.channel_sums(activation, gradient)
+    return result
+
+
+def accumulate_channel_sums(activation: Tensor, gradient: Tensor, sums: Tensor) -> None:
+    """Add Σ_l a·g to ``sums`` in place: what ``score_gate`` does in its backward pass, for hooks of one's own.
+
+    Args:
+        activation: ``[N, C, *spatial]``, float32, float16, bfloat16 (float64 on the CPU), any strides.
+        gradient: dE/da, of the same shape, dtype and device.
+        sums: ``[N, C]``, or ``[C]`` to sum over the batch too; contiguous, float32 (float64 for float64 inputs).
+
+    Raises:
+        InputError: a wrong dtype, shape or device, or sums that require grad.
+    """
+    checks.check_activation_pair(activation, gradient)
+    checks.check_sums(activation, sums, "activation")
+    library.accumulate_channel_sums(activation, gradient, sums)
+
+
+def weight_importance(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int], reduction: str = "sum"
+) -> list[Tensor]:
+    """Importance of every channel of many layers from their weights and gradients, in one launch.
+
+    ``dims[i]`` is the dimension of ``weights[i]`` that counts channels: 0 for the channels a convolution or linear layer writes,
+    1 for those it reads. The products are summed over all other dimensions:
+
+    - ``"sum"``: Σ w·g, signed. Over a layer's inputs this is dE/dz of a gate in front of it, its share of the channel's
+      first-order effect (arXiv:1906.10771); square it after adding the layers up.
+    - ``"square"``: Σ (w·g)², Taylor-FO of every weight on its own.
+    - ``"abs"``: Σ |w·g|.
+
+    Args:
+        weights: tensors of at least one dimension, float32, float16, bfloat16 (float64 on the CPU), any strides.
+        gradients: dE/dw of each: same shape and device, and the same dtype or, for a float32 weight, a 16-bit one.
+        dims: the channel dimension of each; negative ones count from the end.
+        reduction: one of the three above.
+
+    Returns:
+        One ``[C_i]`` for each weight, float32 (float64 for float64 weights). No gradient; two runs are bit-equal.
+
+    Raises:
+        InputError: lists of different lengths, a wrong dtype, shape, device or dimension, or an unknown reduction.
+    """
+    positive = checks.check_weight_lists(weights, gradients, dims)
+    checks.check_reduction(reduction, WEIGHT_REDUCTIONS)
+    result: list[Tensor] = library.weight_importance(list(weights), list(gradients), positive, reduction)
+    return result

@@ -1,0 +1,144 @@
+"""The only place that chooses which implementation of an op runs.
+
+Three backends, one signature: ``native`` (C++ and CUDA C++ in ``taylor_cuda/_C*.so``), ``triton`` (``taylor_cuda.kernels``) and
+``reference`` (plain PyTorch, always there). A backend that was asked for and is missing raises; a preferred one that is missing is
+skipped, and ``python -m taylor_cuda.info`` shows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taylor_cuda.errors import InputError
+from taylor_cuda.ops import reference
+
+Implementation = Callable[..., Any]
+
+NAMES = ("native", "triton", "reference")
+OPS = ("channel_importance", "channel_sums", "accumulate_channel_sums", "weight_importance")
+
+# Best first. The order for CUDA is a presumption until a GPU run shows otherwise, op by op; such a row goes into PREFERENCE_OF_OP.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("native", "reference"),
+    "cuda": ("native", "triton", "reference"),
+}
+PREFERENCE_OF_OP: dict[tuple[str, str], tuple[str, ...]] = {}
+
+_LIBRARIES = {"cpu": ("_C.so",), "cuda": ("_C.so", "_C_cuda.so")}
+_asked: str | None = None
+
+
+def _order(op: str, device: str) -> tuple[str, ...]:
+    order = PREFERENCE_OF_OP.get((op, device), PREFERENCE.get(device, ("reference",)))
+    interpreted = device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return (*order, "triton") if interpreted else order
+
+
+@functools.cache
+def load_native(device: str) -> bool:
+    """Load the native libraries for a device type; False where they were not built."""
+    names = _LIBRARIES.get(device, ())
+    paths = [Path(__file__).parent.parent / name for name in names]
+    if not names or not all(path.is_file() for path in paths):
+        return False
+    for path in paths:
+        torch.ops.load_library(str(path))
+    return True
+
+
+def _find_native(op: str, device: str) -> Implementation | None:
+    name, key = f"taylor_cuda_native::{op}", {"cpu": "CPU", "cuda": "CUDA"}.get(device, "")
+    if not load_native(device) or not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+        return None
+    found: Implementation = getattr(torch.ops.taylor_cuda_native, op).default
+    return found
+
+
+def _find_triton(op: str, device: str) -> Implementation | None:
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    module = f"taylor_cuda.kernels.{op}"
+    try:
+        found: Implementation = getattr(importlib.import_module(module), op)
+    except ModuleNotFoundError as error:
+        if error.name not in ("triton", module):
+            raise
+        return None
+    return found
+
+
+@functools.cache
+def find(op: str, backend: str, device: str) -> Implementation | None:
+    """The implementation of an op in one backend for one device type (``"cpu"``, ``"cuda"``), or None where there is none."""
+    if op not in OPS:
+        raise InputError(f"op: wanted one of {', '.join(OPS)}, got {op!r}")
+    if backend == "native":
+        return _find_native(op, device)
+    if backend == "triton":
+        return _find_triton(op, device)
+    if backend == "reference":
+        found: Implementation = getattr(reference, op)
+        return found
+    raise InputError(f"backend: wanted one of {', '.join(NAMES)}, got {backend!r}")
+
+
+def available(op: str, device: str) -> tuple[str, ...]:
+    """The backends that have an op for a device type, best first."""
+    return tuple(backend for backend in _order(op, device) if find(op, backend, device) is not None)
+
+
+def asked() -> str | None:
+    """The backend that ``use`` or the environment variable TAYLOR_CUDA_BACKEND asks for, if any."""
+    return _asked or os.environ.get("TAYLOR_CUDA_BACKEND") or None
+
+
+def select(op: str, device: str) -> Implementation:
+    """The implementation to run: the one asked for, or the best there is.
+
+    Raises:
+        InputError: the backend that was asked for does not have this op on this device.
+    """
+    wanted = asked()
+    return _select(op, device, wanted)
+
+
+@functools.cache
+def _select(op: str, device: str, wanted: str | None) -> Implementation:
+    if wanted is None:
+        found = find(op, available(op, device)[0], device)
+    else:
+        found = find(op, wanted, device)
+    if found is None:
+        raise InputError(
+            f"backend: {wanted!r} was asked for, but has no {op} for {device} tensors here; there is "
+            f"{', '.join(available(op, device))}"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run every op of the process with one backend while the context lasts (all threads: autograd's are among them).
+
+    Args:
+        name: ``"native"``, ``"triton"`` or ``"reference"``. An op that this backend lacks raises when it is called.
+
+    Raises:
+        InputError: no backend has that name.
+    """
+    global _asked  # noqa: PLW0603
+    if name not in NAMES:
+        raise InputError(f"backend: wanted one of {', '.join(NAMES)}, got {name!r}")
+    before, _asked = _asked, name
+    try:
+        yield
+    finally:
+        _asked = before

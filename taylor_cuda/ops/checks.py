@@ -1,0 +1,106 @@
+"""What the ops accept. A call that breaks these rules raises InputError and says what was wanted and what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from taylor_cuda.errors import InputError
+from taylor_cuda.ops import reference
+
+SUPPORTED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def check_tensor(value: object, name: str) -> None:
+    """Raise unless ``value`` is a dense tensor of a supported dtype."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name}: wanted a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise InputError(f"{name}: wanted a dense tensor, got layout {value.layout}")
+    if value.dtype not in SUPPORTED:
+        raise InputError(f"{name}: wanted float32, float16, bfloat16 or float64, got {value.dtype}")
+    if value.dtype == torch.float64 and value.device.type not in ("cpu", "meta"):
+        raise InputError(f"{name}: float64 is taken on the CPU only, got it on {value.device}")
+
+
+def check_same_place(left: Tensor, right: Tensor, left_name: str, right_name: str) -> None:
+    """Raise unless two tensors have one shape and lie on one device."""
+    if left.shape != right.shape:
+        raise InputError(
+            f"{right_name}: wanted the shape of {left_name}, {tuple(left.shape)}, got {tuple(right.shape)}"
+        )
+    if left.device != right.device:
+        raise InputError(f"{right_name}: wanted it on {left.device}, where {left_name} is, got it on {right.device}")
+
+
+def check_activation_pair(activation: Tensor, gradient: Tensor) -> None:
+    """Raise unless both are ``[N, C, *spatial]`` of one shape, dtype and device."""
+    check_tensor(activation, "activation")
+    check_tensor(gradient, "gradient")
+    if activation.dim() < 2:
+        raise InputError(f"activation: wanted [N, C, *spatial], got shape {tuple(activation.shape)}")
+    check_same_place(activation, gradient, "activation", "gradient")
+    if activation.dtype != gradient.dtype:
+        raise InputError(f"gradient: wanted {activation.dtype}, the activation's dtype, got {gradient.dtype}")
+
+
+def check_sums(activation: Tensor, sums: Tensor, name: str) -> None:
+    """Raise unless ``sums`` can take the sums of ``activation``: ``[C]`` or ``[N, C]``, contiguous, float32 (float64 for float64)."""
+    check_tensor(sums, "sums")
+    wanted = tuple(activation.shape[:2])
+    if tuple(sums.shape) not in (wanted[1:], wanted):
+        raise InputError(
+            f"sums: wanted shape {wanted[1:]} or {wanted} for {name} {tuple(activation.shape)}, got {tuple(sums.shape)}"
+        )
+    dtype = reference.result_dtype(activation.dtype)
+    if sums.dtype != dtype:
+        raise InputError(f"sums: wanted {dtype} for {name} of {activation.dtype}, got {sums.dtype}")
+    if sums.device != activation.device:
+        raise InputError(f"sums: wanted it on {activation.device}, where {name} is, got it on {sums.device}")
+    if sums.requires_grad:
+        raise InputError("sums: wanted a tensor that does not require grad; the sums are added in place")
+    if not sums.is_contiguous():
+        raise InputError(f"sums: wanted a contiguous tensor, got strides {sums.stride()}")
+
+
+def check_reduction(reduction: str, choices: Sequence[str]) -> None:
+    """Raise unless the reduction is one of the choices."""
+    if reduction not in choices:
+        raise InputError(f"reduction: wanted one of {', '.join(map(repr, choices))}, got {reduction!r}")
+
+
+def check_weight_lists(weights: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int]) -> list[int]:
+    """Raise unless the three lists fit together; the dims, counted from the front."""
+    for name, value in (("weights", weights), ("gradients", gradients), ("dims", dims)):
+        if isinstance(value, Tensor) or not isinstance(value, Sequence):
+            raise InputError(f"{name}: wanted a list, got {type(value).__name__}")
+    if not len(weights) == len(gradients) == len(dims):
+        raise InputError(
+            "weights, gradients, dims: wanted lists of one length, "
+            f"got {len(weights)}, {len(gradients)} and {len(dims)} entries"
+        )
+    positive = []
+    for i, (weight, gradient, dim) in enumerate(zip(weights, gradients, dims, strict=True)):
+        check_tensor(weight, f"weights[{i}]")
+        check_tensor(gradient, f"gradients[{i}]")
+        check_same_place(weight, gradient, f"weights[{i}]", f"gradients[{i}]")
+        check_same_device(weights[0], weight, i)
+        half_gradient = weight.dtype == torch.float32 and gradient.dtype in HALVES
+        if weight.dtype != gradient.dtype and not half_gradient:
+            raise InputError(
+                f"gradients[{i}]: wanted {weight.dtype}, its weight's dtype (or 16 bits for a float32 weight), "
+                f"got {gradient.dtype}"
+            )
+        if not -weight.dim() <= dim < weight.dim():
+            raise InputError(f"dims[{i}]: wanted a dimension of shape {tuple(weight.shape)}, got {dim}")
+        positive.append(dim % weight.dim())
+    return positive
+
+
+def check_same_device(first: Tensor, weight: Tensor, i: int) -> None:
+    """Raise unless a weight lies where the first one does."""
+    if weight.device != first.device:
+        raise InputError(f"weights[{i}]: wanted it on {first.device}, where weights[0] is, got it on {weight.device}")

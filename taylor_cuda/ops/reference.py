@@ -1,0 +1,80 @@
+"""The definition of every op in plain PyTorch. Its annotations are the op's schema; every other backend is tested against it.
+
+Notation: activation a and gradient g = dE/da are ``[N, C, *spatial]``, L is the product of the spatial sizes, and every product
+a·g is taken in float32 (float64 for float64 inputs). An empty sum is 0, and so is the mean of an empty batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHANNEL_REDUCTIONS = ("batch", "sample", "abs", "element")
+WEIGHT_REDUCTIONS = ("sum", "square", "abs")
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    dtype = result_dtype(left.dtype)
+    return left.to(dtype) * right.to(dtype)
+
+
+def _channel_products(activation: Tensor, gradient: Tensor) -> Tensor:
+    products = _products(activation, gradient)
+    return products.flatten(2) if products.dim() > 2 else products.unsqueeze(2)
+
+
+def channel_sums(activation: Tensor, gradient: Tensor) -> Tensor:
+    """t[n, c] = Σ_l a·g: minus the first-order change of example n's loss when channel c is removed (arXiv:1906.10771)."""
+    return _channel_products(activation, gradient).sum(dim=2)
+
+
+def channel_importance(activation: Tensor, gradient: Tensor, reduction: str = "batch") -> Tensor:
+    """Importance of every channel, ``[C]``, with t[n, c] = Σ_l a·g.
+
+    ``"batch"``    (Σ_n t)²: Taylor-FO of a gate, the square of dE/dz (arXiv:1906.10771, eq. 8)
+    ``"sample"``   Σ_n t²: the same for every example on its own
+    ``"abs"``      mean_n |t / L|: the Taylor criterion of arXiv:1611.06440
+    ``"element"``  Σ_{n,l} (a·g)²
+    """
+    products = _channel_products(activation, gradient)
+    if reduction == "element":
+        return products.square().sum(dim=(0, 2))
+    sums = products.sum(dim=2)
+    if reduction == "batch":
+        return sums.sum(dim=0).square()
+    if reduction == "sample":
+        return sums.square().sum(dim=0)
+    return sums.abs().sum(dim=0) / max(products.shape[0] * products.shape[2], 1)
+
+
+def accumulate_channel_sums(activation: Tensor, gradient: Tensor, sums: Tensor) -> None:
+    """Add Σ_l a·g to ``sums`` ``[N, C]``, or Σ_{n,l} a·g to ``sums`` ``[C]``: the gradient of a gate of 1 on every channel."""
+    added = channel_sums(activation, gradient)
+    sums.add_(added if sums.dim() == 2 else added.sum(dim=0))
+
+
+def weight_importance(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int], reduction: str = "sum"
+) -> list[Tensor]:
+    """Importance of every index of dimension ``dims[i]`` of ``weights[i]``, ``[C_i]`` each, summed over the other dimensions.
+
+    ``"sum"``     Σ w·g, signed: dE/dz of a gate on those weights (arXiv:1906.10771, section 3.2)
+    ``"square"``  Σ (w·g)²: Taylor-FO of every weight on its own, added up
+    ``"abs"``     Σ |w·g|
+    """
+    scores = []
+    for weight, gradient, dim in zip(weights, gradients, dims, strict=True):
+        products = _products(weight, gradient).movedim(dim, 0).flatten(1) if weight.dim() > 1 else _products(weight, gradient)[:, None]
+        if reduction == "square":
+            products = products.square()
+        elif reduction == "abs":
+            products = products.abs()
+        scores.append(products.sum(dim=1))
+    return scores

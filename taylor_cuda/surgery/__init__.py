@@ -1,0 +1,9 @@
+"""Plan -> smaller model: the cut as a transaction, its recipe, and the file that holds both."""
+
+from __future__ import annotations
+
+from taylor_cuda.surgery.checkpoint import load, read_metadata, save
+from taylor_cuda.surgery.cut import cut
+from taylor_cuda.surgery.recipe import apply_recipe
+
+__all__ = ["apply_recipe", "cut", "load", "read_metadata", "save"]

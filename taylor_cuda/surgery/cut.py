@@ -1,0 +1,75 @@
+"""Removing channels for real: ``tc.cut``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylor_cuda.errors import InputError
+from taylor_cuda.graph.groups import Groups, check_keep
+from taylor_cuda.graph.slicing import shrink_groups, tensor_keeps
+from taylor_cuda.surgery.recipe import check_current, compose
+from taylor_cuda.surgery.shrink import Shrinking, check_whole
+from taylor_cuda.surgery.verify import MaskedReference
+
+__all__ = ["cut"]
+
+
+def cut(
+    model: nn.Module, groups: Groups, plan: Any, optimizer: Any = None, ema: Any = None, verify: bool = True
+) -> Groups:
+    """Remove the units that a plan drops from a model, and from everything that goes with it, in place.
+
+    Parameters stay the same objects, so no optimizer, scheduler or reference goes stale. Sliced are parameters, their gradients,
+    buffers, the optimizer's state and EMA copies; layers' sizes follow; dtype, device, ``requires_grad``, memory format and training
+    flags stay. It is a transaction: whatever is raised, ``KeyboardInterrupt`` included, everything is as it was before, bit for bit.
+
+    What was cut is remembered, in original positions, as ``model.taylor_cuda_recipe``.
+
+    Args:
+        model: the traced module itself, not a compiled or wrapped one.
+        groups: from ``tc.trace`` of this model; updated in place.
+        plan: a ``tc.Plan``, or ``{group name: sorted int64 indices of the units to keep}``; groups that aren't named stay whole.
+        optimizer: the optimizer (or a list of them) that trains the model. Every state tensor of a parameter's shape is sliced with it.
+            Without it, an optimizer made before goes on with state of the wrong shape: make a new one.
+        ema: copies that follow: a module, an object that has one in ``.module`` (``torch.optim.swa_utils.AveragedModel``, timm's
+            ``ModelEmaV3``), a dict of tensors by name, or a list of these.
+        verify: run the example inputs through the masked model before and through the cut model after, and compare at the
+            outputs and at every reader of channels. The greatest relative difference is then in ``groups.verified``.
+
+    Returns:
+        ``groups``, which are now those of the smaller model.
+
+    Raises:
+        InputError: an argument doesn't fit; raised before anything is touched.
+        CutError: the cut model doesn't compute what the masked model did.
+    """
+    check_whole(model, "cut")
+    keep = _kept_units(groups, plan)
+    check_current(model, groups)
+    keeps = tensor_keeps(model, groups, keep)
+    if not keeps:
+        return groups
+    shrinking = Shrinking(model, keeps, optimizer, ema)
+    recipe = compose(model, groups, keep, keeps)
+    shrunk = shrink_groups(groups, keep, keeps)
+    with torch.inference_mode(False), shrinking.transaction(groups):
+        reference = MaskedReference(model, groups, keep) if verify else None
+        shrinking.apply(recipe)
+        groups.verified = reference.compare() if reference is not None else None
+        groups.groups = shrunk
+    return groups
+
+
+def _kept_units(groups: Groups, plan: Any) -> dict[str, Tensor]:
+    keep = getattr(plan, "keep", plan)
+    if not isinstance(keep, Mapping):
+        raise InputError(f"plan: wanted a tc.Plan or a dict of kept indices by group name, got {type(plan).__name__}")
+    made_for = getattr(plan, "sizes_before", None)
+    if made_for and dict(made_for) != groups.sizes():
+        raise InputError("plan: made for these groups before another cut, or for other groups; plan again")
+    check_keep(groups, dict(keep))
+    return {name: kept.cpu() for name, kept in keep.items()}

@@ -1,0 +1,8 @@
+"""A training run around the pruner: models and data by name, the loop, the recipe of ``taylor-cuda prune``."""
+
+from taylor_cuda.train.config import RunConfig, Summary
+from taylor_cuda.train.loop import evaluate, recalibrate_batch_norm
+from taylor_cuda.train.models import load_model
+from taylor_cuda.train.recipe import run
+
+__all__ = ["RunConfig", "Summary", "evaluate", "load_model", "recalibrate_batch_norm", "run"]

@@ -1,0 +1,167 @@
+"""What a run measures about itself: is the cut what the mask promised, do the sources agree, what does scoring cost."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylor_cuda.errors import InputError
+from taylor_cuda.graph.groups import Groups
+from taylor_cuda.graph.mask import masked
+from taylor_cuda.importance import Importance
+from taylor_cuda.surgery import cut
+from taylor_cuda.train.data import Batch
+from taylor_cuda.train.loop import eval_mode, main_output, plain_step
+
+
+class CutWitness:
+    """Follows a model through its cuts and compares each of them with the mask, on real images.
+
+    It keeps a copy of its own, so what it checks is independent of what ``tc.cut`` verifies.
+
+    Args:
+        copy_of_model: same widths as the model, free of hooks; it is changed.
+        groups: the model's groups now; not changed.
+        images: one batch on the model's device.
+    """
+
+    def __init__(self, copy_of_model: nn.Module, groups: Groups, images: Tensor) -> None:
+        self._copy = copy_of_model.eval()
+        self._groups = dataclasses.replace(groups)
+        self._images = images
+
+    def follow(self, keep: dict[str, Tensor]) -> None:
+        """Make the cuts of an earlier run."""
+        if any(kept.numel() < self._groups[name].size for name, kept in keep.items()):
+            cut(self._copy, self._groups, keep, verify=False)
+
+    def before(self, model: nn.Module) -> None:
+        """Take over the weights as they are right before a cut."""
+        self._copy.load_state_dict(model.state_dict())
+
+    @torch.no_grad()
+    def after(self, model: nn.Module, plan: Any) -> tuple[float, float]:
+        """Compare the cut model with the masked copy, in eval mode; then cut the copy too.
+
+        Returns:
+            The greatest absolute difference of an output, and the greatest absolute output.
+        """
+        with masked(self._copy, self._groups, plan):
+            expected = main_output(self._copy(self._images))
+        with eval_mode(model):
+            actual = main_output(model(self._images))
+        self.follow(dict(plan.keep))
+        return float((actual - expected).abs().max()), float(expected.abs().max())
+
+
+class SourceComparison:
+    """Taylor-FO from parameters and from activations, side by side on the same backward passes.
+
+    Args:
+        model: the model in training.
+        groups: its groups.
+
+    Attributes:
+        reason: why the two can't be compared on this model, or ``None``.
+    """
+
+    def __init__(self, model: nn.Module, groups: Groups) -> None:
+        self.reason: str | None = None
+        self._estimators: list[Importance] = []
+        try:
+            for source in ("parameters", "activations"):
+                self._estimators.append(Importance(model, groups, "taylor_fo", source=source))
+        except InputError as error:
+            self.reason = str(error)
+            self.close()
+
+    def update(self) -> None:
+        """Take the scores of one step."""
+        for estimator in self._estimators:
+            estimator.update()
+
+    def greatest_difference(self) -> float | None:
+        """The greatest difference of a score relative to the mean score of its group; ``None`` before any step.
+
+        Relative to the group and not to the score itself, because a channel whose terms cancel has a score that is all
+        rounding.
+        """
+        if not self._estimators or self._estimators[0].steps == 0:
+            return None
+        first, second = (estimator.scores() for estimator in self._estimators)
+        scale = {name: torch.maximum(score.mean(), second[name].mean()) for name, score in first.items()}
+        relative = [
+            ((score - second[name]).abs() / scale[name]).max() for name, score in first.items() if scale[name] > 0
+        ]
+        return float(torch.stack(relative).max()) if relative else 0.0
+
+    def close(self) -> None:
+        """Take the gates out of the model."""
+        for estimator in self._estimators:
+            estimator.close()
+        self._estimators = []
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringCost:
+    """Median milliseconds of a training step without scores, and what scores add to it in per cent."""
+
+    step_ms: float
+    percent: float
+
+
+def scoring_cost(
+    model: nn.Module,
+    groups: Groups,
+    batch: Batch,
+    criterion: str,
+    source: Any = "auto",
+    pairs: int = 40,
+    seconds: float = 6.0,
+) -> ScoringCost:
+    """What scoring adds to a training step: steps with and without it in turns, median difference of neighbours.
+
+    Args:
+        model: in train mode and free of hooks; two copies of it are trained, itself is left alone.
+        groups: of the model.
+        batch: images and labels on the model's device.
+        criterion: see ``tc.Importance``.
+        source: see ``tc.Importance``.
+        pairs: neighbours at most.
+        seconds: stop after this long, but not before three pairs.
+    """
+    plain, scored = copy.deepcopy(model).train(), copy.deepcopy(model).train()
+    estimator = Importance(scored, groups, criterion, source=source)
+    without = plain_step(plain, torch.optim.SGD(plain.parameters(), lr=1e-4, momentum=0.9))
+    with_scores = plain_step(scored, torch.optim.SGD(scored.parameters(), lr=1e-4, momentum=0.9), backward=estimator)
+    device = batch[0].device
+
+    def run(step: Any) -> float:
+        start = time.perf_counter()
+        step(*batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) * 1e3
+
+    run(without), run(with_scores)
+    base: list[float] = []
+    extra: list[float] = []
+    begin = time.perf_counter()
+    while len(base) < pairs and (len(base) < 3 or time.perf_counter() - begin < seconds):
+        if len(base) % 2:
+            b = run(with_scores)
+            a = run(without)
+        else:
+            a = run(without)
+            b = run(with_scores)
+        base.append(a)
+        extra.append(b - a)
+    estimator.close()
+    median = statistics.median(base)
+    return ScoringCost(median, 100 * statistics.median(extra) / median)

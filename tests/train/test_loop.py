@@ -1,0 +1,184 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from taylor_cuda.errors import InputError, TaylorError
+from taylor_cuda.train.data import TensorData
+from taylor_cuda.train.loop import (
+    Stage,
+    cosine,
+    evaluate,
+    main_output,
+    plain_step,
+    recalibrate_batch_norm,
+    train_stage,
+)
+from taylor_cuda.train.state import Position
+
+CPU = torch.device("cpu")
+
+
+def norm_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3, momentum=0.3),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+        nn.BatchNorm1d(4, track_running_stats=False),
+    )
+
+
+def tensor_data(count=24, batch=8):
+    generator = torch.Generator().manual_seed(1)
+    images, labels = (
+        torch.randn(count, 2, 4, 4, generator=generator),
+        torch.randint(0, 4, (count,), generator=generator),
+    )
+    return TensorData("random", tuple("abcd"), (images, labels), (images[:10], labels[:10]), batch)
+
+
+def test_recalibration_is_the_plain_average_over_batches():
+    net = norm_net().double()
+    generator = torch.Generator().manual_seed(2)
+    batches = [3.0 + torch.randn(5, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(4)]
+    assert recalibrate_batch_norm(net, [(x, torch.zeros(5)) for x in batches], limit=3) == 3
+    with torch.no_grad():
+        outputs = [net[0](x) for x in batches[:3]]
+    mean = sum(y.mean((0, 2, 3)) for y in outputs) / 3
+    variance = sum(y.var((0, 2, 3)) for y in outputs) / 3
+    torch.testing.assert_close(net[1].running_mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(net[1].running_var, variance, rtol=1e-12, atol=1e-12)
+
+
+def test_recalibration_restores_everything_else():
+    net = norm_net()
+    net.train()
+    net[1].eval()
+    weights = {name: value.clone() for name, value in net.named_parameters()}
+    recalibrate_batch_norm(net, [torch.randn(4, 2, 4, 4)])
+    assert [module.training for module in net] == [True, False, True, True, True, True]
+    assert net[1].momentum == 0.3
+    assert all(torch.equal(weights[name], value) for name, value in net.named_parameters())
+    assert all(value.grad is None for value in net.parameters())
+
+
+def test_recalibration_without_batches_or_on_failure_keeps_the_old_statistics():
+    net = norm_net()
+    net(torch.randn(4, 2, 4, 4))
+    before = {name: value.clone() for name, value in net.named_buffers()}
+
+    def interrupted():
+        yield torch.randn(4, 2, 4, 4)
+        raise KeyboardInterrupt
+
+    for batches, error in (([], InputError), (interrupted(), KeyboardInterrupt)):
+        with pytest.raises(error):
+            recalibrate_batch_norm(net, batches)
+        assert all(torch.equal(before[name], value) for name, value in net.named_buffers())
+        assert net[1].momentum == 0.3
+        assert net.training
+
+
+def test_recalibration_of_a_model_without_batch_norm_does_nothing():
+    assert recalibrate_batch_norm(nn.Linear(2, 2), [torch.zeros(3, 2)]) == 0
+
+
+def test_evaluate_is_the_mean_over_examples_in_eval_mode():
+    net, data = norm_net()[:5], tensor_data()
+    net.train()
+    quality = evaluate(
+        net, [(data.val_set[0][:7], data.val_set[1][:7]), (data.val_set[0][7:], data.val_set[1][7:])], CPU
+    )
+    assert net.training
+    with torch.no_grad():
+        logits = net.eval()(data.val_set[0])
+    expected = F.cross_entropy(logits, data.val_set[1])
+    assert quality.examples == 10
+    assert quality.loss == pytest.approx(float(expected), rel=1e-6)
+    assert quality.accuracy == pytest.approx(float((logits.argmax(1) == data.val_set[1]).float().mean()))
+    with pytest.raises(InputError, match="at least one batch"):
+        evaluate(net, [], CPU)
+
+
+def test_cosine_goes_from_one_to_zero():
+    assert cosine(0, 10) == 1
+    assert cosine(5, 10) == pytest.approx(0.5)
+    assert cosine(10, 10) == pytest.approx(0)
+    assert cosine(12, 10) == pytest.approx(0)
+    assert cosine(0, 0) == 1
+
+
+def stage_of(net, optimizer, epochs=2, **options):
+    return Stage("test", epochs, 3, 0, lambda step: 0.1 * cosine(step, 6), plain_step(net, optimizer), **options)
+
+
+def test_a_stage_is_sgd_written_out():
+    nets = [norm_net()[:2].append(nn.Flatten()).append(nn.Linear(12, 4)) for _ in range(2)]
+    data, rates, records = tensor_data(), [], []
+    optimizers = [torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9) for net in nets]
+    position = Position("test")
+    stage = stage_of(
+        nets[0],
+        optimizers[0],
+        after_step=lambda: rates.append(optimizers[0].param_groups[0]["lr"]),
+        after_epoch=records.append,
+    )
+    train_stage(stage, nets[0], optimizers[0], data, position, CPU)
+    for step, (images, labels) in enumerate([*data.train(0), *data.train(1)]):
+        optimizers[1].param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / 6))
+        optimizers[1].zero_grad()
+        F.cross_entropy(nets[1](images), labels).backward()
+        optimizers[1].step()
+    for mine, expected in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
+        assert torch.equal(mine, expected)
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 6)) for step in range(6)])
+    assert position == Position("test", epoch=2, batch=0)
+    assert [record["epoch"] for record in records] == [1, 2]
+
+
+def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been():
+    straight, stopped = norm_net()[:2], norm_net()[:2]
+    data = tensor_data()
+    finals = []
+    for net, stop_at in ((straight, None), (stopped, 4)):
+        head = nn.Sequential(net, nn.Flatten(), nn.Linear(12, 4))
+        head[2].load_state_dict(norm_net()[4].state_dict())
+        optimizer, position, taken = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9), Position("test"), []
+
+        def count(taken=taken, stop_at=stop_at):
+            taken.append(1)
+            if len(taken) == stop_at:
+                raise KeyboardInterrupt
+
+        stage = stage_of(head, optimizer, after_step=count)
+        if stop_at is not None:
+            with pytest.raises(KeyboardInterrupt):
+                train_stage(stage, head, optimizer, data, position, CPU)
+            assert position == Position("test", epoch=1, batch=1)
+        train_stage(stage, head, optimizer, data, position, CPU)
+        assert len(taken) == 6
+        finals.append(head.state_dict())
+    assert all(torch.equal(value, finals[1][name]) for name, value in finals[0].items())
+
+
+def test_divergence_is_an_error_and_not_a_result():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(32, 4))
+    with torch.no_grad():
+        net[1].weight.fill_(float("inf"))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(TaylorError, match=r"training loss of epoch 1 is nan; try a smaller --lr"):
+        train_stage(stage_of(net, optimizer), net, optimizer, tensor_data(), Position("test"), CPU)
+
+
+def test_main_output_finds_the_logits():
+    x = torch.zeros(2, 3)
+    output = type("Output", (), {"logits": x})()
+    for outputs in (x, output, {"logits": x}, {"out": x}, (x, torch.ones(1))):
+        assert main_output(outputs) is x
+    with pytest.raises(InputError, match="wanted logits as output"):
+        main_output("text")
