@@ -80,7 +80,8 @@ def _run(chosen: list[Entry], options: Options, results: Path | None, deadline: 
     ceilings = measure_ceilings(options)
     threads = f", {record['threads']} threads" if options.device == "cpu" else ""
     print(
-        f"{record['device_name']}{threads}, torch {record['torch']}: copy {ceilings.gb_per_s:.0f} GB/s, product {ceilings.tflops:.3g} TFLOP/s"
+        f"{record['device_name']}{threads}, torch {record['torch']}: "
+        f"copy {ceilings.gb_per_s:.0f} GB/s, product {ceilings.tflops:.3g} TFLOP/s"
     )
     rows: list[Row] = []
     wrong = False

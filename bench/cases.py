@@ -15,7 +15,7 @@ LAYOUTS = ("nchw", "channels_last", "tokens", "rows")
 
 
 def resnet_gates(network: str) -> Counter[tuple[int, int]]:
-    """``{(channels, height): number of gates}`` of a bottleneck ResNet at 224 x 224: after both inner convolutions and the block."""
+    """``{(channels, height): number of gates}`` of a bottleneck ResNet at 224 x 224, inside and after each block."""
     gates: Counter[tuple[int, int]] = Counter()
     height = 56
     for stage, blocks in enumerate(BLOCKS[network]):
@@ -36,8 +36,8 @@ class ActivationCase:
     Attributes:
         shape: ``[N, C, *spatial]`` as the op sees it, whatever the order in memory.
         dtype: of both.
-        layout: order in memory: ``"nchw"`` as the shape says, ``"channels_last"`` channels innermost, ``"tokens"`` a ``[N, L, C]``
-            tensor seen as ``[N, C, L]``, ``"rows"`` ``[N, C]``.
+        layout: order in memory: ``"nchw"`` as the shape says, ``"channels_last"`` channels innermost, ``"tokens"`` a
+            ``[N, L, C]`` tensor seen as ``[N, C, L]``, ``"rows"`` ``[N, C]``.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class ActivationCase:
         return str(self.dtype).removeprefix("torch.")
 
     def bytes(self, op: str) -> int:
-        """Activation and gradient read once, the float32 result written once: ``[C]``, or ``[N, C]`` of ``channel_sums``."""
+        """Activation and gradient read once, the float32 result, ``[C]`` or ``[N, C]``, written once."""
         outputs = self.shape[1] * (self.shape[0] if op == "channel_sums" else 1)
         return 2 * prod(self.shape) * self.dtype.itemsize + 4 * outputs
 
@@ -77,12 +77,12 @@ class ActivationCase:
 
 
 def input_sets(size: int, cache: int, least: int = 1) -> int:
-    """How many input sets of ``size`` bytes to use in turn, so that together they are three times the cache; eight at most."""
+    """How many input sets of ``size`` bytes to use in turn: together three times the cache, but no more than eight."""
     return min(max(least, -(-3 * cache // size)), 8)
 
 
 def resnet_parameters(network: str) -> list[tuple[str, tuple[int, ...]]]:
-    """``("conv" | "linear" | "norm" | "bias", shape)`` of every parameter of a bottleneck ResNet, in the model's order."""
+    """``("conv" | "linear" | "norm" | "bias", shape)`` of every parameter of a bottleneck ResNet, block by block."""
     found: list[tuple[str, tuple[int, ...]]] = []
 
     def convolution(outputs: int, inputs: int, kernel: int) -> None:

@@ -24,7 +24,7 @@ def environment(device: str) -> dict[str, Any]:
         "run_id": uuid.uuid4().hex[:12],
         "commit": commit,
         "dirty": dirty,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
         "driver": _driver() if device == "cuda" else None,

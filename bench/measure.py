@@ -120,7 +120,7 @@ def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Option
     Args:
         race: gives the inputs and the number of rounds.
         checked: who takes part.
-        timer: ``"wall"`` the host's clock; ``"eager"`` CUDA events around ordinary calls; ``"graph"`` CUDA events around the
+        timer: ``"wall"`` the host's clock; ``"eager"`` CUDA events around calls; ``"graph"`` CUDA events around a
             replay of captured calls.
         options: gives the time there is.
 
@@ -274,7 +274,7 @@ def percentile(samples: Sequence[float], share: float) -> float:
 
 
 def interval(ours: Sequence[float], peer: Sequence[float], draws: int = 1000) -> list[float]:
-    """The 95 % bootstrap interval of ``median(peer) / median(ours)``. Rounds are drawn, so pairs stay pairs where there are any."""
+    """The 95 % bootstrap interval of ``median(peer) / median(ours)``; rounds are drawn, so pairs stay pairs."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.tensor(ours, dtype=torch.float64), torch.tensor(peer, dtype=torch.float64)
     first = torch.randint(len(a), (draws, len(a)), generator=generator)

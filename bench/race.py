@@ -44,7 +44,7 @@ class Provider:
     Attributes:
         name: ``"ours:native"``, ``"torch"``, ``"torch.compile"``, …
         run: one input set -> the result.
-        check: (result, index of the input set) -> the worst error as a share of what is allowed; above 1, or NaN, is wrong.
+        check: (result, index of the input set) -> the worst error as a share of what is allowed; NaN or above 1: wrong.
         note: what a reader of the row has to know.
         context: entered around every call, outside the clock.
         bytes: the least it has to move, where that is not the race's figure.

@@ -9,7 +9,7 @@ from bench.rows import IDENTITY, Row, newest_rows
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Tables of the newest rows: our median, the share of the run's copy rate, and how many times faster than each peer."""
+    """Tables of the newest rows: our median, its share of the run's copy rate, and the ratio of each peer's to it."""
     newest = [row for row in newest_rows(rows) if not row.get("quick")]
     tables: dict[tuple[str, str], list[Row]] = {}
     for row in newest:
@@ -64,7 +64,8 @@ def _duration(microseconds: float) -> str:
 
 def _runs(rows: Sequence[Row]) -> str:
     runs = {
-        f"run {row['run_id']} of {row['time'][:10]}, commit {(row['commit'] or 'unknown')[:9]}{' (changed)' if row['dirty'] else ''}, "
+        f"run {row['run_id']} of {row['time'][:10]}, "
+        f"commit {(row['commit'] or 'unknown')[:9]}{' (changed)' if row['dirty'] else ''}, "
         f"torch {row['torch']}, {row.get('threads', '?')} threads, copy {row['ceiling_gb_per_s']:.0f} GB/s"
         for row in rows
     }

@@ -45,8 +45,8 @@ KEYS: dict[str, tuple[type, ...]] = {
     "time": (str,),
 }
 
-# Most rows have these too: the same ratio for every peer of the race, with its 95 % interval, how it was timed, how far the checked
-# result was from the reference (as a share of what was allowed), and memory above what was there before the call.
+# Rows have these too: the same ratio for every peer of the race, with its 95 % interval, how it was timed, how far the
+# checked result was from the reference (as a share of what was allowed), and the memory the call took for itself.
 MORE_KEYS: dict[str, tuple[type, ...]] = {
     "ratios": (dict,),
     "intervals": (dict,),

@@ -1,0 +1,9 @@
+"""Triton kernels, one file an op, each with the op's own signature. Importing this package imports neither torch nor triton."""
+
+from __future__ import annotations
+
+MODULE_OF_OP: dict[str, str] = {
+    "accumulate_channel_sums": "taylor_cuda.kernels.accumulate_channel_sums",
+    "channel_importance": "taylor_cuda.kernels.channel_importance",
+    "channel_sums": "taylor_cuda.kernels.channel_sums",
+}

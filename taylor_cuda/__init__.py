@@ -1,11 +1,41 @@
-"""Score every channel of a network while it trains, cut the worthless ones for real, and prove that the rest is what was asked for."""
+"""Prune neural networks by Taylor importance: score every channel while the network trains, and cut the worthless ones."""
 
-from __future__ import annotations
+from importlib.metadata import PackageNotFoundError, version
 
-from importlib.metadata import version
+from taylor_cuda.errors import BudgetError, CheckpointError, CutError, InputError, TaylorError
+from taylor_cuda.graph import ChannelGroup, Groups, masked, trace
+from taylor_cuda.importance import Importance
+from taylor_cuda.ops import ScoreGate, channel_importance, channel_sums, score_gate, weight_importance
+from taylor_cuda.planning import Plan, plan
+from taylor_cuda.pruner import Pruner, watch
+from taylor_cuda.surgery import cut, load, save
 
-from taylor_cuda import ops
+try:
+    __version__ = version("taylor-cuda")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"
 
-__version__ = version("taylor-cuda")
-
-__all__ = ["__version__", "ops"]
+__all__ = [
+    "BudgetError",
+    "ChannelGroup",
+    "CheckpointError",
+    "CutError",
+    "Groups",
+    "Importance",
+    "InputError",
+    "Plan",
+    "Pruner",
+    "ScoreGate",
+    "TaylorError",
+    "channel_importance",
+    "channel_sums",
+    "cut",
+    "load",
+    "masked",
+    "plan",
+    "save",
+    "score_gate",
+    "trace",
+    "watch",
+    "weight_importance",
+]

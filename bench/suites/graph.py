@@ -15,8 +15,8 @@ from taylor_cuda.graph import trace
 from taylor_cuda.graph.groups import Groups
 
 # (groups, units), counted by hand from the architectures; the classifier's outputs stay.
-# ResNet-50: the stem, two inner widths a block (7,552 channels), a residual stream a stage. ResNet-18: the stem is in the
-# first stream. DenseNet-201: the stem, a bottleneck of 128 and 32 new channels for each of 98 layers, three transitions.
+# ResNet-50: the stem, two inner widths a block (7,552 channels), a residual stream a stage. ResNet-18: the stem is in
+# the first stream. DenseNet-201: the stem, for each of 98 layers 128 inner and 32 new channels, three transitions.
 COUNTS = {
     "resnet18": (8 + 4, 1_920 + 960),
     "resnet50": (1 + 32 + 4, 64 + 7_552 + 3_840),

@@ -1,24 +1,25 @@
-"""A whole network scored once, after a backward pass that was made anyway: this package against everything else that can do it.
+"""A whole network scored once, after a backward pass that was made anyway: this package against everybody else.
 
-``torch-pruning`` and our own pass need only parameters and their gradients. A gate parameter after every layer (the way of the paper's
-own code) and a hook for the scores of every example work on activations; what they add to a forward and backward pass is measured
-on tensors of the sizes of all of ResNet's gates.
+``torch-pruning`` and our own pass need only parameters and their gradients. A gate parameter after every layer (the way
+of the paper's own code) and a hook for the scores of every example work on activations; what they add to a forward and
+backward pass is measured on tensors of the sizes of all of the network's gates.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.cases import ActivationCase, resnet_gates
-from bench.race import EPS, Entry, Options, Provider, Race, of_square, worst_share
+from bench.cases import BLOCKS, ActivationCase, resnet_gates
+from bench.race import EPS, Entry, Key, Options, Provider, Race, of_square, worst_share
 from bench.suites.graph import torch_pruning_groups
 from bench.suites.networks import images, make, with_gradients
-from bench.suites.peers import installed, ours, using
+from bench.suites.peers import installed, our_names, ours, using
 from bench.suites.scoring import SLACK, Exact, exact
 from taylor_cuda import ops
 from taylor_cuda.graph import trace
@@ -28,45 +29,52 @@ from taylor_cuda.importance import Importance
 Site = tuple[Tensor, Tensor, Tensor]
 """An activation, its gradient, and a gate of ones that gets one of its own."""
 
+Tensors = dict[str, Tensor]
+
 CRITERIA = ("taylor_fo", "taylor_weight", "magnitude")
 
 
 def members_of(group: ChannelGroup, criterion: str) -> tuple[Member, ...]:
-    """Where a criterion looks: for Taylor-FO at γ and β where they suffice, otherwise at the readers; else at what writes the units."""
+    """Where a criterion looks: Taylor-FO at γ and β where they suffice, else at readers; the others at what writes."""
     return (group.affine or group.role("read")) if criterion == "taylor_fo" else group.role("write")
 
 
-def by_layer(
-    groups: Groups, tensors: dict[str, Tensor], gradients: dict[str, Tensor], criterion: str
-) -> tuple[Tensor, Tensor]:
-    """The criterion written down in plain PyTorch, one layer after the other, in the dtype of ``tensors``.
+def by_layer(groups: Groups, tensors: Tensors, gradients: Tensors, criterion: str) -> Tensor:
+    """Flat ``[units]``: the criterion in plain PyTorch, one layer after the other, in the dtype of ``tensors``."""
 
-    Returns:
-        Flat ``[units]``: the importance, and Σ of the absolute values of what was summed (before any square of a sum).
-    """
-    totals, magnitudes = [], []
+    def terms(name: str) -> Tensor:
+        if criterion == "magnitude":
+            return tensors[name].square()
+        products = tensors[name] * gradients[name]
+        return products.square() if criterion == "taylor_weight" else products
+
+    total = unit_sums(groups, terms, criterion)
+    return total.square() if criterion == "taylor_fo" else total
+
+
+def unit_sums(groups: Groups, terms: Callable[[str], Tensor], criterion: str) -> Tensor:
+    """Flat ``[units]``: the sum over all of a unit's places of what ``terms`` makes of the tensor there."""
+    totals = []
     for group in groups:
-        total: Tensor | float = 0.0
-        magnitude: Tensor | float = 0.0
+        parts = []
         for member in members_of(group, criterion):
-            w = tensors[member.tensor]
-            values = w * (w if criterion == "magnitude" else gradients[member.tensor])
-            values = values.square() if criterion == "taylor_weight" else values
-            others = [dim for dim in range(w.dim()) if dim != member.dim]
-            index = member.index.to(w.device)
-            total = total + (values.sum(others) if others else values)[index].sum(1)
-            magnitude = magnitude + (values.abs().sum(others) if others else values.abs())[index].sum(1)
-        totals.append(torch.as_tensor(total).square() if criterion == "taylor_fo" else torch.as_tensor(total))
-        magnitudes.append(torch.as_tensor(magnitude))
-    return torch.cat(totals), torch.cat(magnitudes)
+            values = terms(member.tensor)
+            others = [dim for dim in range(values.dim()) if dim != member.dim]
+            along = values.sum(others) if others else values
+            parts.append(along[member.index.to(values.device)].sum(1))
+        totals.append(torch.stack(parts).sum(0))
+    return torch.cat(totals)
 
 
 def truth(groups: Groups, model: nn.Module, criterion: str) -> tuple[Tensor, Tensor]:
     """The importance in float64, and how far off a float32 one may be."""
     tensors = {name: tensor.detach().double() for name, tensor in named_tensors(model).items()}
-    expected, magnitude = by_layer(groups, tensors, gradients_of(model, torch.float64), criterion)
-    allowed = SLACK * EPS["float32"] * magnitude
-    return expected, of_square(expected.sqrt(), allowed) if criterion == "taylor_fo" else allowed
+    gradients = gradients_of(model, torch.float64)
+    expected = by_layer(groups, tensors, gradients, criterion)
+    if criterion != "taylor_fo":
+        return expected, SLACK * EPS["float32"] * expected
+    magnitude = unit_sums(groups, lambda name: (tensors[name] * gradients[name]).abs(), criterion)
+    return expected, of_square(expected.sqrt(), SLACK * EPS["float32"] * magnitude)
 
 
 def gradients_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -76,21 +84,21 @@ def gradients_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def build(network: str, criterion: str, size: int, batch: int, options: Options) -> Race:
+def build(key: Key, size: int, batch: int, options: Options) -> Race:
     """The race of one criterion on one network."""
-    x = images(1, size)
-    model = make(network)
+    network, criterion = key.case, key.op
+    x, model = images(1, size), make(network)
     groups = trace(model, x)
     with_gradients(model, 2 if options.quick else 8, size, options.device)
     expected, allowed = truth(groups, model, criterion)
     estimator = Importance(model, groups, criterion)
 
-    def pass_of_ours(_inputs: Any) -> Tensor:
+    def scored(_inputs: Any) -> dict[str, Tensor]:
         estimator.update()
-        return torch.cat(list(estimator.scores().values()))
+        return estimator.scores()
 
-    def check(result: Tensor, _index: int) -> float:
-        return worst_share(result, expected, allowed)
+    def check_scores(result: dict[str, Tensor], _index: int) -> float:
+        return worst_share(torch.cat(list(result.values())), expected, allowed)
 
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
     gradients = gradients_of(model, torch.float32)
@@ -99,38 +107,24 @@ def build(network: str, criterion: str, size: int, batch: int, options: Options)
         if backend is None:
             skipped.append((name, "not built here"))
         else:
-            providers.append(
-                Provider(name, pass_of_ours, check, note="Importance.update() and .scores()", context=using(backend))
-            )
-    providers.append(
-        Provider(
-            "torch",
-            lambda _: by_layer(groups, tensors, gradients, criterion)[0],
-            check,
-            note="one layer after the other",
-        )
+            providers.append(Provider(name, scored, check_scores, "Importance.update(), .scores()", using(backend)))
+    plain = Provider(
+        "torch",
+        lambda _: by_layer(groups, tensors, gradients, criterion),
+        lambda result, _: worst_share(result, expected, allowed),
+        "one layer after the other",
     )
+    providers.append(plain)
     if criterion == "taylor_fo":
         peer = installed("torch_pruning")
         if peer is None:
             skipped.append(("torch-pruning", "not installed"))
         else:
             providers.append(torch_pruning(peer, model, x, options))
-        if network in ("resnet50", "resnet101"):
+        if network in BLOCKS:
             providers += with_activations(network, batch, options)
-    return Race(
-        "network",
-        criterion,
-        network,
-        "float32",
-        "parameters",
-        bytes_of(groups, model, criterion),
-        0,
-        (None,),
-        tuple(providers),
-        "torch-pruning" if criterion == "taylor_fo" else "torch",
-        tuple(skipped),
-    )
+    first_peer = "torch-pruning" if criterion == "taylor_fo" else "torch"
+    return Race(key, providers, bytes=bytes_of(groups, model, criterion), peer=first_peer, skipped=skipped)
 
 
 def bytes_of(groups: Groups, model: nn.Module, criterion: str) -> int:
@@ -144,8 +138,8 @@ def bytes_of(groups: Groups, model: nn.Module, criterion: str) -> int:
 def torch_pruning(peer: Any, model: nn.Module, x: Tensor, options: Options) -> Provider:
     """``GroupTaylorImportance`` over all of Torch-Pruning's groups.
 
-    It is another formula (Σ|w·g| of filters, readers too, each group divided by its mean; BatchNorm never enters, since its branch tests
-    for another handler), so it is checked against itself in float64.
+    It is another formula (Σ|w·g| of filters and of readers, each group divided by its mean; BatchNorm never enters, as
+    that branch tests for another handler), so it is checked against itself in float64.
     """
     importance = peer.importance.GroupTaylorImportance()
 
@@ -164,6 +158,7 @@ def torch_pruning(peer: Any, model: nn.Module, x: Tensor, options: Options) -> P
         lambda _: [importance(group) for group in groups],
         lambda result, _: worst_share(torch.cat(result), expected, 1e-4 * expected.abs()),
         note="GroupTaylorImportance; its scores leave BatchNorm out",
+        bytes=0,
     )
 
 
@@ -189,22 +184,17 @@ def with_activations(network: str, batch: int, options: Options) -> list[Provide
 
         return worst
 
-    where = f"{len(sites)} gates, batch {batch}, {cases[0].dtype_name}, {layout}"
+    note = f"{len(sites)} gates, batch {batch}, {cases[0].dtype_name}, {layout}"
     low, moved = EPS[cases[0].dtype_name], sum(case.bytes("channel_importance") for case in cases)
+    batch_sums, example_sums = "channel_importance", "channel_importance:sample"
+
+    def provider(name: str, run: Callable[[list[Site]], list[Tensor]], op: str, eps: float) -> Provider:
+        return Provider(name, lambda _: run(sites), check(op, eps), note, bytes=moved)
+
     return [
-        Provider(
-            "ours:activations", lambda _: fused(sites), check("channel_importance", EPS["float32"]), where, bytes=moved
-        ),
-        Provider(
-            "nvlabs-style", lambda _: gate_parameters(sites), check("channel_importance", low), where, bytes=moved
-        ),
-        Provider(
-            "hooks",
-            lambda _: hooks(sites),
-            check("channel_importance:sample", low),
-            f"{where}; squares of every example",
-            bytes=moved,
-        ),
+        provider("ours:activations", fused, batch_sums, EPS["float32"]),
+        provider("nvlabs-style", gate_parameters, batch_sums, low),
+        provider("hooks", hooks, example_sums, low),
     ]
 
 
@@ -230,21 +220,15 @@ def hooks(sites: list[Site]) -> list[Tensor]:
 
 def entries(options: Options) -> list[Entry]:
     """The scoring pass of each criterion that needs no activation."""
-    network, size, batch = ("resnet18", 64, 2) if options.quick else ("resnet50", 224, 256 if options.cuda else 8)
-
-    def made(criterion: str, priority: int) -> Entry:
-        names = [*ours("weight_importance", options), "torch"]
+    network, size, batch = "resnet50", 224, 256 if options.cuda else 8
+    if options.quick:
+        network, size, batch = "resnet18", 64, 2
+    found = []
+    for criterion in CRITERIA:
+        names = [*our_names("weight_importance", options), "torch"]
         if criterion == "taylor_fo":
-            names += ["torch-pruning", *(["ours:activations", "nvlabs-style", "hooks"] if not options.quick else [])]
-        return Entry(
-            "network",
-            criterion,
-            network,
-            "float32",
-            "parameters",
-            lambda: build(network, criterion, size, batch, options),
-            tuple(names),
-            priority,
-        )
-
-    return [made(criterion, 25 if criterion == "taylor_fo" else 45) for criterion in CRITERIA]
+            names += ["torch-pruning", *(["ours:activations", "nvlabs-style", "hooks"] if network in BLOCKS else [])]
+        made = partial(build, size=size, batch=batch, options=options)
+        priority = 25 if criterion == "taylor_fo" else 45
+        found.append(Entry(Key("network", criterion, network), made, names, priority))
+    return found

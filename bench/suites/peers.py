@@ -1,4 +1,4 @@
-"""What several subjects need of the peers: which of ours there are, compiling, and importing what may not be installed."""
+"""What several suites need: which backends of ours there are, compiling, importing what may not be installed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ CUDA_NAMES = {"ours:cuda": "native", "ours:triton": "triton"}
 CPU_NAMES = {"ours:native": "native"}
 
 
+def our_names(op: str, options: Options) -> list[str]:
+    """Our providers of an op on this kind of device, whether they were built or not."""
+    if op == "weight_importance" and options.cuda:
+        return ["ours:cuda"]
+    return list(CUDA_NAMES if options.cuda else CPU_NAMES)
+
+
 def ours(op: str, options: Options) -> dict[str, str | None]:
     """``{provider: backend}`` of an op on this device; ``None`` for a backend that isn't there."""
-    names = CUDA_NAMES if options.cuda else CPU_NAMES
-    found = {
-        name: backend for name, backend in names.items() if not (op == "weight_importance" and backend == "triton")
+    backend = CUDA_NAMES | CPU_NAMES
+    return {
+        name: backend[name] if backends.find(op, backend[name], options.device) else None
+        for name in our_names(op, options)
     }
-    return {name: backend if backends.find(op, backend, options.device) else None for name, backend in found.items()}
 
 
 def using(backend: str) -> Callable[[], Any]:

@@ -13,7 +13,7 @@ from bench.race import Entry, Key, Options, Provider, Race
 from bench.suites.networks import images, make
 from taylor_cuda.graph import trace
 from taylor_cuda.graph.groups import check_keep
-from taylor_cuda.planning import plan
+from taylor_cuda.planning import native_planner, plan
 from taylor_cuda.surgery import cut
 
 BUDGET = {"macs": 0.5}
@@ -42,7 +42,7 @@ def build(key: Key, size: int) -> Race:
 
     units = sum(groups.sizes().values())
     ours = Provider(
-        "ours:native",
+        "ours:native" if native_planner() else "ours:reference",
         lambda _: plan(model, groups, scores, budget=BUDGET),
         check,
         note=f"{units} units in {len(groups)} groups to half of the MACs",

@@ -1,4 +1,4 @@
-"""One activation and its gradient: ``channel_importance`` and ``channel_sums`` against PyTorch and a plain dot product."""
+"""One activation and its gradient: ``channel_importance`` and ``channel_sums`` against PyTorch and a dot product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.cases import ActivationCase, flat_in_memory, input_sets, resnet_gates
 from bench.environment import cache_bytes
 from bench.race import EPS, Entry, Key, Options, Provider, Race, of_square, worst_share
-from bench.suites.peers import compiled, ours, using
+from bench.suites.peers import compiled, our_names, ours, using
 from taylor_cuda import ops
 from taylor_cuda.ops import reference
 
@@ -151,7 +151,7 @@ class Entries:
         case = ActivationCase(shape, dtype, layout)
         made = partial(build, case=case, options=self.options, compile_too=compile_too, rounds=rounds)
         peers = ["torch", "torch.compile", "torch.dot"] if compile_too else ["torch", "torch.dot"]
-        names = [*ours(op.partition(":")[0], self.options), *peers]
+        names = [*our_names(op.partition(":")[0], self.options), *peers]
         self.found.append(Entry(Key("scoring", op, case.name, case.dtype_name, layout), made, names, priority))
 
 

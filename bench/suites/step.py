@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bench.race import Entry, Options, Provider, Race
+from bench.race import Entry, Key, Options, Provider, Race
 from bench.suites.networks import images, labels, make
 from taylor_cuda.graph import trace
+from taylor_cuda.graph.groups import Groups
 from taylor_cuda.importance import Importance
 
 RATE = 1e-3
+COMPILED = "training_step:compiled"
 
 
 class TrainingStep:
@@ -24,13 +26,16 @@ class TrainingStep:
         batch: examples in a step.
         size: of the square images.
         options: of the run. On a GPU the step is the usual one there: bfloat16 autocast, channels_last.
+        groups: of this network.
         compile_model: run the forward and backward pass compiled.
     """
 
-    def __init__(self, network: str, batch: int, size: int, options: Options, *, compile_model: bool = False) -> None:
+    def __init__(
+        self, network: str, batch: int, size: int, options: Options, groups: Groups, *, compile_model: bool
+    ) -> None:
         self.model = make(network)
         self.cuda = options.cuda
-        self.groups = trace(self.model, images(1, size))
+        self.groups = groups
         memory_format = torch.channels_last if options.cuda else torch.contiguous_format
         self.model.to(options.device, memory_format=memory_format)
         self.optimizer = torch.optim.SGD(self.model.parameters(), RATE, momentum=0.9, foreach=True)
@@ -39,7 +44,6 @@ class TrainingStep:
         self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compile_model else self.model
         self.estimator: Importance | None = None
         self.gates: list[nn.Parameter] = []
-        self.start = self.flat_parameters()
 
     def score(self, criterion: str) -> TrainingStep:
         """Take this criterion's scores at every step."""
@@ -47,7 +51,7 @@ class TrainingStep:
         return self
 
     def gate(self) -> TrainingStep:
-        """Multiply a gate parameter in after both inner normalisations and the output of every block, as the paper's own code does."""
+        """Multiply a gate parameter in after both inner norms and after every block, as the paper's own code does."""
         for name, module in self.model.named_modules():
             inner = name.rpartition(".")[2] in ("bn1", "bn2") and name.startswith("layer")
             if inner or type(module).__name__ in ("Bottleneck", "BasicBlock"):
@@ -90,17 +94,19 @@ def _last_norm(block: nn.Module) -> nn.BatchNorm2d:
     ][-1]
 
 
-def build(network: str, batch: int, size: int, options: Options, *, compile_model: bool) -> Race:
+def build(key: Key, network: str, batch: int, size: int, options: Options) -> Race:
     """The race of whole steps.
 
-    Every network starts from the same weights; the first step of each has to move them as the plain one does. On a GPU 16-bit rounding
-    in another order may turn a fifth of that movement; on a CPU a thousandth.
+    Every network starts from the same weights; the first step of each has to move them as the plain one does. On a GPU,
+    16-bit rounding in another order may turn a fifth of that movement; on a CPU a thousandth.
     """
-    reference = TrainingStep(network, batch, size, options)
+    groups = trace(make(network), images(1, size))
+    reference = TrainingStep(network, batch, size, options, groups, compile_model=False)
+    start = reference.flat_parameters()
     reference()
     moved = reference.flat_parameters()
-    allowed = (0.2 if options.cuda else 1e-3) * float((moved - reference.start).norm())
-    del reference
+    allowed = (0.2 if options.cuda else 1e-3) * float((moved - start).norm())
+    del reference, start
 
     def provider(name: str, step: TrainingStep, note: str = "") -> Provider:
         def check(_loss: Tensor, _index: int) -> float:
@@ -112,61 +118,35 @@ def build(network: str, batch: int, size: int, options: Options, *, compile_mode
 
         return Provider(name, lambda _: step(), check, note)
 
-    def step() -> TrainingStep:
-        return TrainingStep(network, batch, size, options, compile_model=compile_model)
+    compile_model = key.op == COMPILED
 
-    providers = [
-        provider("torch.compile" if compile_model else "torch", step(), "the plain step"),
-        provider("ours:taylor_fo", step().score("taylor_fo")),
-    ]
+    def fresh() -> TrainingStep:
+        return TrainingStep(network, batch, size, options, groups, compile_model=compile_model)
+
+    plain = "torch.compile" if compile_model else "torch"
+    providers = [provider(plain, fresh(), "the plain step"), provider("ours:taylor_fo", fresh().score("taylor_fo"))]
     if not compile_model:
-        providers.append(provider("ours:taylor_fg", step().score("taylor_fg")))
-        providers.append(
-            provider("nvlabs-style", step().gate(), "a gate parameter after both inner norms and every block")
-        )
-    dtype, layout = ("bfloat16", "channels_last") if options.cuda else ("float32", "nchw")
-    return Race(
-        "step",
-        "training_step:compiled" if compile_model else "training_step",
-        f"{network} batch {batch} at {size}",
-        dtype,
-        layout,
-        0,
-        0,
-        (None,),
-        tuple(providers),
-        providers[0].name,
-        (),
-        rounds=200 if options.cuda else 20,
-        seconds=75.0 if options.cuda else None if options.quick else 15.0,
-    )
+        note = "a gate parameter after both inner norms and after every block"
+        providers.append(provider("ours:taylor_fg", fresh().score("taylor_fg")))
+        providers.append(provider("nvlabs-style", fresh().gate(), note))
+    rounds, seconds = (200, 75.0) if options.cuda else (20, None if options.quick else 15.0)
+    return Race(key, providers, peer=plain, rounds=rounds, seconds=seconds)
 
 
 def entries(options: Options) -> list[Entry]:
     """ResNet-50 as it is trained on a GPU; something small where there is none."""
+    network, batch, size = ("resnet50", 256, 224) if options.cuda else ("resnet18", 16, 112)
     if options.quick:
-        wanted: list[tuple[Any, ...]] = [("resnet18", 2, 64, False, 60)]
-    elif options.cuda:
-        wanted = [("resnet50", 256, 224, False, 20), ("resnet50", 256, 224, True, 70)]
-    else:
-        wanted = [("resnet18", 16, 112, False, 60)]
-
-    def made(network: str, batch: int, size: int, compile_model: bool, priority: int) -> Entry:
-        names = (
-            ("torch.compile", "ours:taylor_fo")
-            if compile_model
-            else ("torch", "ours:taylor_fo", "ours:taylor_fg", "nvlabs-style")
-        )
-        dtype, layout = ("bfloat16", "channels_last") if options.cuda else ("float32", "nchw")
-        return Entry(
-            "step",
-            "training_step:compiled" if compile_model else "training_step",
-            f"{network} batch {batch} at {size}",
-            dtype,
-            layout,
-            lambda: build(network, batch, size, options, compile_model=compile_model),
-            names,
-            priority,
-        )
-
-    return [made(*want) for want in wanted]
+        network, batch, size = "resnet18", 2, 64
+    dtype, layout = ("bfloat16", "channels_last") if options.cuda else ("float32", "nchw")
+    made = partial(build, network=network, batch=batch, size=size, options=options)
+    case = f"{network} batch {batch} at {size}"
+    plain = Entry(
+        Key("step", "training_step", case, dtype, layout),
+        made,
+        ("torch", "ours:taylor_fo", "ours:taylor_fg", "nvlabs-style"),
+        20 if options.cuda else 60,
+    )
+    if not options.cuda:
+        return [plain]
+    return [plain, Entry(Key("step", COMPILED, case, dtype, layout), made, ("torch.compile", "ours:taylor_fo"), 70)]

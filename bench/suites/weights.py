@@ -1,4 +1,4 @@
-"""Every parameter of a network in one call: ``weight_importance`` against a loop over layers, torch._foreach, a dot product."""
+"""Every parameter of a network in one call: ``weight_importance`` against a loop, torch._foreach and a dot product."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch import Tensor
 from bench.cases import input_sets, parameter_bytes, resnet_parameters
 from bench.environment import cache_bytes
 from bench.race import EPS, Entry, Key, Options, Provider, Race, worst_share
-from bench.suites.peers import ours, using
+from bench.suites.peers import our_names, ours, using
 from bench.suites.scoring import SLACK
 from taylor_cuda import ops
 from taylor_cuda.ops import reference
-
 
 TINY: list[tuple[str, tuple[int, ...]]] = [
     ("conv", (16, 3, 3, 3)),
@@ -30,7 +29,7 @@ TINY: list[tuple[str, tuple[int, ...]]] = [
 
 @dataclass(frozen=True)
 class ParameterSet:
-    """Weights and gradients of one network, each in one flat buffer, so that a dot product can read exactly the same data."""
+    """Weights and gradients of one network, each in one flat buffer, so that a dot product can read the same data."""
 
     weights: list[Tensor]
     gradients: list[Tensor]
@@ -120,7 +119,9 @@ def build(key: Key, gradient_dtype: torch.dtype, options: Options) -> Race:
     made = partial(parameter_set, shapes, side, gradient_dtype, key.layout, options.device)
     inputs = [made(seed=0)]
     size = parameter_bytes(list(zip(inputs[0].weights, inputs[0].gradients, strict=True)), inputs[0].results)
-    inputs += [made(seed=seed) for seed in range(1, input_sets(size, 0 if options.quick else cache_bytes(options.device)))]
+    inputs += [
+        made(seed=seed) for seed in range(1, input_sets(size, 0 if options.quick else cache_bytes(options.device)))
+    ]
     truth = [_exact(parameters) for parameters in inputs]
 
     def check(result: list[Tensor], index: int) -> float:
@@ -172,7 +173,7 @@ def entries(options: Options) -> list[Entry]:
         wanted.append(("resnet101", "writers", torch.float32, "parameters", 25))
     if options.cuda:
         wanted += [(network, side, torch.bfloat16, "parameters", 15) for side in sides]
-    names = (*ours("weight_importance", options), "torch", "torch.foreach", "torch.dot")
+    names = (*our_names("weight_importance", options), "torch", "torch.foreach", "torch.dot")
     found = []
     for network, side, dtype, layout, priority in wanted:
         key = Key("scoring", "weight_importance", f"{network}:{side}", str(dtype).removeprefix("torch."), layout)

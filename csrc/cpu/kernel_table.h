@@ -16,6 +16,8 @@ namespace taylor {
 
 constexpr int kMaxLoops = 64;           // torch allows no more dimensions
 constexpr int64_t kMaxWidth = 2048;     // columns of one piece: their fp64 sums fill half of a 32 KiB first-level cache
+constexpr int64_t kGoodWidth = 1024;    // columns enough to read memory in long runs, and few enough to fold at no cost
+constexpr int kRowsAtOnce = 1;          // rows added in one visit of the sums
 constexpr int64_t kStridedBlock = 16;   // channels whose fp32 values share a cache line when the channel stride is 1
 constexpr int64_t kPieceSize = 1 << 16; // elements of one piece: half a MiB of two fp32 tensors
 
@@ -26,7 +28,9 @@ struct Piece {
   Path path = Path::kStrided;
   int64_t offset_a = 0, offset_g = 0;
   int64_t channels = 0;
-  int64_t fold = 1;  // elements side by side that belong to one channel (kColumns)
+  int64_t fold = 1;   // kColumns: elements side by side that belong to one channel,
+  int64_t run = 0;    // contiguous elements at each position of the loops,
+  int64_t width = 0;  // and sums side by side, a multiple of channels * fold
   Loop channel;
   const Loop* loops = nullptr;
   int loop_count = 0;

@@ -57,7 +57,7 @@ TAYLOR_INLINE Float8 widen(const Half* p) {
 // Compilers convert eight at a time badly when left to themselves.
 TAYLOR_INLINE Double8 to_double(Float8 v) {
 #if TAYLOR_WIDTH == 512
-  return reinterpret_cast<Double8>(_mm512_cvtps_pd(reinterpret_cast<__m256>(v)));
+  return reinterpret_cast<Double8>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(v)));
 #elif TAYLOR_WIDTH == 256
   const __m256 w = reinterpret_cast<__m256>(v);
   return __builtin_shufflevector(reinterpret_cast<Double4>(_mm256_cvtps_pd(_mm256_castps256_ps128(w))),
@@ -179,44 +179,42 @@ TAYLOR_TARGET void rows(const TA* a, const TG* g, const Piece& piece, double* ou
   }
 }
 
-// One to four rows, added to sums[0 .. width) in order.
+// sums[i] += f(a·g) of `count` rows that lie `stride` apart.
 template <Term term, int count, typename TA, typename TG>
-TAYLOR_INLINE void add_rows(const TA* const* a, const TG* const* g, int64_t width, double* sums) {
+TAYLOR_INLINE void add_to_columns(const TA* a, const TG* g, int64_t stride, int64_t width, double* sums) {
   int64_t i = 0;
   for (; i + 8 <= width; i += 8) {
     Double8 s = load<Double8>(sums + i);
-    for (int r = 0; r < count; ++r) s += apply<term>(products<1, 1>(a[r] + i, g[r] + i));
+    for (int r = 0; r < count; ++r) s += apply<term>(products<1, 1>(a + r * stride + i, g + r * stride + i));
     std::memcpy(sums + i, &s, sizeof(s));
   }
   for (; i < width; ++i) {
-    for (int r = 0; r < count; ++r) sums[i] += apply<term>(product(a[r][i], g[r][i]));
+    for (int r = 0; r < count; ++r) sums[i] += apply<term>(product(a[r * stride + i], g[r * stride + i]));
   }
 }
 
-// out[c] = Σ f(a·g) over the loops and over `fold` neighbours: channels lie side by side, `fold` elements each.
+// out[c] = Σ f(a·g) over the loops and one contiguous run at each of their positions. In a run, channels lie side by side, `fold`
+// elements each, again and again; `width` elements, a whole number of such rows, are summed side by side before they are folded.
 template <Term term, typename TA, typename TG>
 TAYLOR_TARGET void columns(const TA* a, const TG* g, const Piece& piece, double* out) {
   alignas(64) double sums[kMaxWidth];
-  const int64_t width = piece.channels * piece.fold;
-  for (int64_t i = 0; i < width; ++i) sums[i] = 0;
+  for (int64_t i = 0; i < piece.width; ++i) sums[i] = 0;
   Cursor cursor;
   start(cursor, piece.loops, piece.loop_count);
-  const TA* row_a[4];
-  const TG* row_g[4];
-  int64_t r = 0;
-  for (; r + 4 <= piece.outer; r += 4) {
-    for (int i = 0; i < 4; ++i) {
-      row_a[i] = a + cursor.a;
-      row_g[i] = g + cursor.g;
-      advance(cursor);
+  for (int64_t r = 0; r < piece.outer; ++r, advance(cursor)) {
+    const TA* pa = a + cursor.a;
+    const TG* pg = g + cursor.g;
+    int64_t i = 0;
+    for (; i + kRowsAtOnce * piece.width <= piece.run; i += kRowsAtOnce * piece.width) {
+      add_to_columns<term, kRowsAtOnce>(pa + i, pg + i, piece.width, piece.width, sums);
     }
-    add_rows<term, 4>(row_a, row_g, width, sums);
+    for (; i < piece.run; i += piece.width) {
+      add_to_columns<term, 1>(pa + i, pg + i, 0, std::min(piece.width, piece.run - i), sums);
+    }
   }
-  for (; r < piece.outer; ++r) {
-    row_a[0] = a + cursor.a;
-    row_g[0] = g + cursor.g;
-    advance(cursor);
-    add_rows<term, 1>(row_a, row_g, width, sums);
+  const int64_t row = piece.channels * piece.fold;
+  for (int64_t first = row; first < piece.width; first += row) {
+    for (int64_t i = 0; i < row; ++i) sums[i] += sums[first + i];
   }
   for (int64_t c = 0; c < piece.channels; ++c) {
     double sum = 0;

@@ -64,7 +64,8 @@ Layout layout_of(const Job& job) {
     layout.sample = Loop{};
   }
   const Loop inner = layout.rest.empty() ? Loop{} : layout.rest.back();
-  if (strides_are(layout.channel, 1) && layout.channel.size >= 8) {
+  const bool ends_meet = layout.rest.empty() || strides_are(inner, layout.channel.size);
+  if (strides_are(layout.channel, 1) && (layout.channel.size >= 8 || ends_meet)) {
     layout.path = Path::kColumns;
     sum_samples_too(job, layout);
   } else if (!layout.rest.empty() && strides_are(inner, 1) && strides_are(layout.channel, inner.size) &&
@@ -184,10 +185,17 @@ void Plan::add_chunk(const Job& job, const Layout& layout, const Cut& cut, int64
     offset_g = begin * longest.stride_g;
     longest.size = std::min(cut.step, longest.size - begin);
   }
-  const bool whole = layout.path == Path::kColumns || loops.empty();
-  const int64_t outer = positions(loops) / (whole ? 1 : loops.back().size);
+  const bool columns = layout.path == Path::kColumns;
+  const int64_t row = cut.channels * layout.fold;
+  int64_t run = row;
+  if (columns && !loops.empty() && cut.channels == layout.channel.size && strides_are(loops.back(), row)) {
+    run *= loops.back().size;  // the rows lie end to end
+    loops.pop_back();
+  }
+  const int64_t repeats = run / row;
+  const int64_t outer = positions(loops) / (columns || loops.empty() ? 1 : loops.back().size);
   for (int64_t n = 0; n < layout.sample.size; ++n) {
-    double* row = partial + (n * cut.chunks + chunk) * layout.channel.size;
+    double* out = partial + (n * cut.chunks + chunk) * layout.channel.size;
     for (int64_t c = 0; c < layout.channel.size; c += cut.channels) {
       Piece piece;
       piece.path = layout.path;
@@ -195,11 +203,13 @@ void Plan::add_chunk(const Job& job, const Layout& layout, const Cut& cut, int64
       piece.offset_g = offset_g + n * layout.sample.stride_g + c * layout.channel.stride_g;
       piece.channels = std::min(cut.channels, layout.channel.size - c);
       piece.fold = layout.fold;
+      piece.run = piece.channels * layout.fold * repeats;
+      piece.width = piece.channels * layout.fold * std::max<int64_t>(std::min(repeats, kGoodWidth / row), 1);
       piece.channel = layout.channel;
       piece.loops = loops.data();
       piece.loop_count = static_cast<int>(loops.size());
       piece.outer = outer;
-      tasks_.push_back({kernel_for(job), job.a, job.g, piece, row + c});
+      tasks_.push_back({kernel_for(job), job.a, job.g, piece, out + c});
     }
   }
 }

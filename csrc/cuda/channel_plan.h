@@ -19,7 +19,7 @@
 namespace taylor {
 
 constexpr int kMaxLoops = 6;             // summed dimensions that do not merge
-constexpr int64_t kTargetBlocks = 2048;  // enough for several waves of any current GPU
+constexpr int64_t kTargetBlocks = 1024;  // a few waves of a large GPU; more would only make the finish longer
 constexpr int64_t kMaxChain = 1024;      // fp32 additions one after another: bounds the rounding error
 constexpr int64_t kPackedElements = 4096;
 constexpr int64_t kPackedLength = 512;
@@ -202,7 +202,7 @@ inline void plan_rows(ChannelPlan& p, const Operands& o) {
   p.path = Path::kRows;
   p.vector = static_cast<int32_t>(vectors ? wide : 1);
   const int64_t rows = p.samples * p.channel.size, unit = kWarp * wide;
-  p.per_split = ceil_div(p.length * rows, kTargetBlocks * kThreads / kWarp);
+  p.per_split = ceil_div(p.length * rows, 2 * kTargetBlocks * kThreads / kWarp);
   split(p, 2 * unit, kWarp * 128, unit);
   p.blocks = ceil_div<int64_t>(rows * p.splits, kThreads / kWarp);
 }

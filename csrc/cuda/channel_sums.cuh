@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
     packed_sums_kernel(const T* __restrict__ a, const T* __restrict__ g, const __grid_constant__ ChannelPlan p, Term term,
                        Sink<Accumulator<T>> sink) {
   using Acc = Accumulator<T>;
-  __shared__ alignas(16) Acc terms[kPackedElements];
+  alignas(16) __shared__ Acc terms[kPackedElements];
   const PackedTask t = packed_task(p, blockIdx.x);
   const int length = static_cast<int>(p.length), lanes = p.lanes_per_row, lane = threadIdx.x % lanes;
   store_terms<T, kVector, kNonlinear>(a + t.first_row * length, g + t.first_row * length, t.elements, term, terms);

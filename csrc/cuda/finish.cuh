@@ -43,23 +43,24 @@ __device__ __forceinline__ Acc sum_shares(Acc sum, Acc (*buffer)[kWarp], int row
 template <typename Acc>
 __global__ void __launch_bounds__(kWarp* kWarp)
     finish_channels_kernel(const Acc* __restrict__ t, const __grid_constant__ Finish<Acc> f, Sink<Acc> sink) {
+  constexpr int kSamples = 8;  // of one thread at a time
   __shared__ Acc buffer[kWarp][kWarp];
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
-  const int share = row % f.split_threads, step = kWarp / f.split_threads;
+  const int share = row & (f.split_threads - 1), step = kWarp / f.split_threads;
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + lane, sample = f.splits * f.channels;
   Acc total = 0;
-  for (int64_t base = row / f.split_threads; base < round_up<int64_t>(f.samples, step); base += kUnroll * step) {
-    Acc sum[kUnroll] = {};
-#pragma unroll 2
+  for (int64_t base = 0; base < f.samples; base += kSamples * step) {
+    const int64_t first = base + row / f.split_threads;
+    Acc sum[kSamples] = {};
     for (int64_t s = share; s < f.splits; s += f.split_threads) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t n = base + u * step;
+      for (int u = 0; u < kSamples; ++u) {
+        const int64_t n = first + u * step;
         if (n < f.samples && c < f.channels) sum[u] += t[n * sample + s * f.channels + c];
       }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kSamples; ++u) {
       if (f.split_threads > 1) sum[u] = sum_shares(sum[u], buffer, row, lane, f.split_threads);
       if (share == 0) total += apply(f.per_sample, sum[u]);
     }
@@ -84,6 +85,10 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Acc>
 void launch_finish_channels(const Acc* t, Finish<Acc> f, const Sink<Acc>& sink, cudaStream_t stream) {
+  if (f.per_sample == Post::kNone) {  // then splits are added up as samples are
+    f.samples *= f.splits;
+    f.splits = 1;
+  }
   f.split_threads = finish_split_threads(f.samples, f.splits);
   const unsigned grid = grid_size(ceil_div<int64_t>(f.channels, kWarp), "finish_channels");
   finish_channels_kernel<Acc><<<grid, kWarp * kWarp, 0, stream>>>(t, f, sink);

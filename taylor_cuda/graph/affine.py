@@ -1,8 +1,8 @@
 """Where the gate of a unit can be read off a normalisation (DESIGN 3.2).
 
-γ·dγ + β·dβ is the gradient of a gate right after a normalisation. It is the gate of the unit, Σ over readers of Σ W·dW, when every
-path from that output ends in a reader of the unit and meets nothing but positively homogeneous maps on the way (Euler: for
-f(z·x) = z·f(x), x·∂E/∂x is the same before and after f), and every reader's input came that way.
+γ·dγ + β·dβ is the gradient of a gate right after a normalisation. It is the gate of the unit (the sum of W·dW over its
+readers) when every path from that output ends in a reader of the unit and meets nothing but positively homogeneous maps
+on the way, and every reader's input came that way. (Euler: for f(z·x) = z·f(x), the gate before f is the gate after.)
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from taylor_cuda.graph.groups import Call, Role, named_tensors
-from taylor_cuda.graph.labels import FREE, Array, Dims, Labels, Reason
+from taylor_cuda.graph.labels import FREE, Array, Bools, Dims, Labels, Reason
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 # attributes on tensors of the copy: they live exactly as long as the tensor, and no table has to be kept
 _DIMS = "_taylor_cuda_dims"
@@ -61,12 +62,12 @@ class Outside:
 
 def code_line() -> str:
     """``file.py:12`` of the innermost frame that is neither torch's nor this package's."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
         if not path.startswith((_HERE, _TORCH, "<")):
             return f"{os.path.basename(path)}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 
@@ -193,7 +194,7 @@ class Flow:
         assert source is not None
         self.role(source, dim, "read")
         self.reads.append(Read(labels, (source.name, source.dims[dim])))
-        self.equal(labels, self.of(weight)[dim], "reads channels that no layer of the model writes")
+        self.equal(labels, self.of(weight)[dim], "reads channels that stay")
 
     def call(self, weight: Tensor | None, op: str, macs_per_weight: int) -> None:
         """Note a use of a weight that costs MACs; without a weight, ``macs_per_weight`` is the whole cost."""
@@ -234,9 +235,9 @@ class Flow:
         """The same channels in a tensor that takes nothing but its shape from these."""
         return labels if labels is None else self._plain[labels]
 
-    def origins(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def origins(self) -> Bools:
         """Bool ``[nodes + 1]``: nodes whose normalisation's outputs were never cleared (the last is for FREE)."""
-        intact = self._is_origin.copy()
+        intact: Bools = self._is_origin.copy()
         for labels in self._cleared:
             intact[labels] = False
         intact[FREE] = False

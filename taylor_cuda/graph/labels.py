@@ -1,7 +1,8 @@
-"""Labels: every index of every dimension of every parameter and buffer is a node; equalities between nodes make the units.
+"""Labels: every index of every dimension of every parameter and buffer is a node; equal nodes make the units.
 
-A dimension of a tensor carries ``None`` (no labels: batch, space, tokens) or an int64 array with the node of each index, ``FREE``
-where an index has none. Rules only append whole arrays; everything is solved at once, at the end, without a loop over channels.
+A dimension of a tensor carries ``None`` (no labels: batch, space, tokens) or an int64 array with the node of each
+index, ``FREE`` where an index has none. Rules only append whole arrays; everything is solved at once, at the end,
+without a loop over channels.
 """
 
 from __future__ import annotations

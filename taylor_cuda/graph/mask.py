@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,29 +17,26 @@ from taylor_cuda.graph.sites import ReaderInputs, active_in_forward
 __all__ = ["MaskedForward", "masked", "position_masks"]
 
 
-def position_masks(
-    model: nn.Module, groups: Groups, keep: Mapping[str, Tensor], role: str
-) -> dict[str, Tensor]:
+def position_masks(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor], role: str) -> dict[str, Tensor]:
     """For every tensor with a member of ``role``: bool over the positions of that member's dimension, True = kept.
 
     Tensors of which everything is kept are left out.
     """
     tensors = named_tensors(model)
-    masks: dict[str, Tensor] = {}
+    kept: dict[str, np.ndarray[Any, np.dtype[np.bool_]]] = {}
     for group in groups:
-        kept = keep.get(group.name)
-        if kept is None or kept.numel() == group.size:
+        units = keep.get(group.name)
+        if units is None or units.numel() == group.size:
             continue
-        dropped = torch.ones(group.size, dtype=torch.bool)
-        dropped[kept.cpu()] = False
+        dropped = np.ones(group.size, dtype=bool)
+        dropped[units.cpu().numpy()] = False
         for member in group.members:
             if member.role != role:
                 continue
-            tensor = tensors[member.tensor]
-            length = tensor.shape[member.dim]
-            mask = masks.setdefault(member.tensor, torch.ones(length, dtype=torch.bool, device=tensor.device))
-            mask[member.index[dropped].flatten().to(tensor.device)] = False
-    return masks
+            if member.tensor not in kept:
+                kept[member.tensor] = np.ones(tensors[member.tensor].shape[member.dim], dtype=bool)
+            kept[member.tensor][member.index.numpy()[dropped]] = False
+    return {name: torch.from_numpy(mask).to(tensors[name].device) for name, mask in kept.items()}
 
 
 class MaskedForward(ReaderInputs):

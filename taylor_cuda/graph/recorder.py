@@ -79,7 +79,7 @@ class Dispatched(TorchDispatchMode):
 
 
 class Called(TorchFunctionMode):
-    """Above autograd: which weights are reached by name (``sites.py`` will meet the same calls), and dropout left out."""
+    """Above autograd: which weights are readers' (``sites.py`` meets the same calls); leaves dropout out."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """No gradients, no autocast, no fused attention; random states of torch, numpy and Python as they were afterwards."""
+    """No gradients, no autocast, no fused attention; afterwards random states are as they were."""
     devices = {tensor.device for tensor in model.parameters()}
     python, numpy = random.getstate(), np.random.get_state()
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -168,7 +168,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _follow_modules(model: nn.Module, flow: Flow, stay: set[str]) -> tuple[list[RemovableHandle], set[str]]:
-    """Hooks that keep ``flow.module`` up to date and freeze the outputs of modules in ``stay``; and which of those ran."""
+    """Hooks that keep ``flow.module`` and freeze the outputs of modules in ``stay``; and which of those ran."""
     path: list[str] = []
     handles = []
     ran: set[str] = set()

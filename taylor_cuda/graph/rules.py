@@ -1,10 +1,12 @@
 """The table of rules: for each ATen op, what its output's labels are and which labels it makes equal.
 
-A rule is a small function of the :class:`~taylor_cuda.graph.flow.Flow` and one :class:`Op`, registered under the op's name without
-its overload. An in-place op (``relu_``) takes the rule of the op without the underscore. An op without a rule freezes everything that reaches it.
+A rule is a small function of the :class:`~taylor_cuda.graph.flow.Flow` and one :class:`Op`, registered under the op's
+name without its overload. An in-place op (``relu_``) takes the rule of the op without the underscore. An op without a
+rule freezes everything that reaches it.
 
-A rule may only say what holds for every size: that the op, run on tensors that lost some of a unit's positions, gives the old output
-without those positions (whatever the dropped positions held, if they're zeroed before the unit's readers).
+A rule may only say what holds for every size: that the op, run on tensors that lost some of a unit's positions, gives
+the old output without those positions (whatever the dropped positions held, if they're zeroed before the unit's
+readers).
 """
 
 from __future__ import annotations
@@ -61,10 +63,10 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule under these op names."""
+    """Register a rule under these op names; a string may hold several, with spaces between."""
 
     def register(function: Rule) -> Rule:
-        for name in names:
+        for name in " ".join(names).split():
             RULES[name] = function
         return function
 

@@ -46,7 +46,7 @@ def convolution(flow: Flow, op: Op) -> None:
 
 def _grouped(flow: Flow, labels: Array | None, weight: Tensor, groups: int, width: int) -> Array | None:
     """A convolution group is one unit, input and output; returns the labels of the ``width`` outputs."""
-    text = "a grouped convolution of channels that no layer of the model writes"
+    text = "a grouped convolution of channels that stay"
     inputs = flow.clear(labels)
     first, inner = flow.of(weight)[:2]
     flow.role(flow.source(weight), 0, "write")
@@ -152,7 +152,7 @@ def batch_norm(flow: Flow, op: Op) -> None:
     vectors = [value for value in op.args[1:5] if isinstance(value, Tensor)]
     for vector in vectors:
         flow.role(flow.source(vector), 0, "norm")
-        flow.equal(flow.of(vector)[0], dims[1], "a normalisation of channels that no layer of the model writes")
+        flow.equal(flow.of(vector)[0], dims[1], "a normalisation of channels that stay")
     out: Tensor = op.out if isinstance(op.out, Tensor) else op.out[0]
     weight, bias = op.args[1:3]
     labels = dims[1]
@@ -172,7 +172,7 @@ def layer_norm(flow: Flow, op: Op) -> None:
     rest = [flow.clear(labels) for labels in dims[:-1]]
     affine = weight is not None and bias is not None and flow.source(weight) and flow.source(bias)
     if len(shape) == 1 and affine:
-        text = "a normalisation of channels that no layer of the model writes"
+        text = "a normalisation of channels that stay"
         for vector in (weight, bias):
             flow.role(flow.source(vector), 0, "norm")
             flow.equal(flow.of(vector)[0], dims[-1], text)
@@ -192,7 +192,7 @@ def group_norm(flow: Flow, op: Op) -> None:
     flow.freeze(dims[2:], "a group normalisation over channels")
     labels = dims[1]
     out = op.out[0]
-    text = "a group normalisation of channels that no layer of the model writes"
+    text = "a group normalisation of channels that stay"
     if weight is None or bias is None or labels is None:
         text = "a group normalisation without weight and bias" if weight is None or bias is None else text
         flow.freeze_tensors(tensors_in(weight, bias), text)

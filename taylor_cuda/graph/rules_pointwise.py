@@ -12,8 +12,8 @@ from taylor_cuda.graph.rules import Op, rule, tensors_in
 
 
 @rule(
-    *"relu leaky_relu abs neg positive clone alias contiguous _to_copy lift lift_fresh lift_fresh_copy".split(),
-    *"native_dropout dropout taylor_cuda.score_gate".split(),
+    "relu leaky_relu abs neg positive clone alias contiguous _to_copy lift lift_fresh lift_fresh_copy",
+    "native_dropout dropout taylor_cuda.score_gate",
 )
 def homogeneous(flow: Flow, op: Op) -> None:
     """Elementwise, and f(z·x) = z·f(x) for z > 0."""
@@ -28,10 +28,10 @@ def homogeneous(flow: Flow, op: Op) -> None:
 
 
 @rule(
-    *"acos acosh asin asinh atan atanh ceil celu clamp clamp_max clamp_min cos cosh deg2rad detach digamma elu".split(),
-    *"erf erfc erfinv exp exp2 expm1 floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan".split(),
-    *"lgamma log log10 log1p log2 log_sigmoid_forward logical_not logit mish nan_to_num reciprocal relu6 round".split(),
-    *"rsqrt selu sigmoid sign silu sin sinh softplus softshrink sqrt square tan tanh threshold trunc bitwise_not".split(),
+    "acos acosh asin asinh atan atanh ceil celu clamp clamp_max clamp_min cos cosh deg2rad detach digamma elu",
+    "erf erfc erfinv exp exp2 expm1 floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan",
+    "lgamma log log10 log1p log2 log_sigmoid_forward logical_not logit mish nan_to_num reciprocal relu6 round",
+    "rsqrt selu sigmoid sign silu sin sinh softplus softshrink sqrt square tan tanh threshold trunc bitwise_not",
 )
 def elementwise(flow: Flow, op: Op) -> None:
     """Elementwise, with any dependence on the value (``detach``: with none of the gradient)."""
@@ -45,7 +45,7 @@ def elementwise(flow: Flow, op: Op) -> None:
             flow.put(out, dims)
 
 
-@rule(*"bernoulli cauchy exponential fill geometric log_normal normal random uniform zero".split())
+@rule("bernoulli cauchy exponential fill geometric log_normal normal random uniform zero")
 def filled(flow: Flow, op: Op) -> None:
     """Overwritten with constants or chance; the channels stay what they are for whoever views the tensor."""
     if op.out.dim() == op.x.dim():
@@ -66,13 +66,13 @@ def _broadcast(flow: Flow, op: Op, tensors: list[Tensor], out: Tensor) -> Dims:
                 full.append(labels[at])
             else:
                 flow.freeze([labels[at]], f"{op.name}: a single channel, broadcast")
-        dims.append(flow.join(full, f"{op.name} with a tensor whose channels no layer of the model writes") if full else None)
+        dims.append(flow.join(full, f"{op.name} with a tensor whose channels stay") if full else None)
     return dims
 
 
 @rule(
-    *"add sub rsub maximum minimum where pow fmod remainder atan2 hypot lerp addcmul addcdiv _prelu_kernel copysign".split(),
-    *"eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor masked_fill xlogy".split(),
+    "add sub rsub maximum minimum where pow fmod remainder atan2 hypot lerp addcmul addcdiv _prelu_kernel copysign",
+    "eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor masked_fill xlogy",
 )
 def combined(flow: Flow, op: Op) -> None:
     """Elementwise over several tensors."""
@@ -86,7 +86,9 @@ def scaled(flow: Flow, op: Op) -> None:
     tensors = list(tensors_in(op.args))
     of = [flow.of(tensor) for tensor in tensors]
     labelled = [
-        at for at, dims in enumerate(of) if not flow.is_constant(tensors[at]) and any(labels is not None for labels in dims)
+        at
+        for at, dims in enumerate(of)
+        if not flow.is_constant(tensors[at]) and any(labels is not None for labels in dims)
     ]
     dims = _broadcast(flow, op, tensors, op.out)
     if len(labelled) > 1 or (op.name.startswith(("div", "true")) and labelled == [1]) or "rounding_mode" in op.kwargs:
@@ -156,12 +158,16 @@ def along(flow: Flow, op: Op) -> None:
 
 
 _POOLS = [
-    *(f"{kind}_pool{n}d" for kind in ("avg", "_adaptive_avg", "adaptive_avg", "adaptive_max", "max") for n in (1, 2, 3)),
+    *(
+        f"{kind}_pool{n}d"
+        for kind in ("avg", "_adaptive_avg", "adaptive_avg", "adaptive_max", "max")
+        for n in (1, 2, 3)
+    ),
     *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
     *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
     *(f"{kind}{n}d" for kind in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3)),
-    *"upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d".split(),
-    *"_upsample_bilinear2d_aa _upsample_bicubic2d_aa mkldnn_max_pool2d mkldnn_adaptive_avg_pool2d".split(),
+    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d",
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa mkldnn_max_pool2d mkldnn_adaptive_avg_pool2d",
 ]
 
 
@@ -191,14 +197,14 @@ def glu(flow: Flow, op: Op) -> None:
 
 
 @rule(
-    *"arange empty empty_strided eye full linspace logspace new_empty new_empty_strided new_full new_ones new_zeros".split(),
-    *"ones rand randint randn randperm scalar_tensor tril_indices triu_indices zeros bartlett_window hann_window".split(),
+    "arange empty empty_strided eye full linspace logspace new_empty new_empty_strided new_full new_ones new_zeros",
+    "ones rand randint randn randperm scalar_tensor tril_indices triu_indices zeros bartlett_window hann_window",
 )
 def created(flow: Flow, op: Op) -> None:
     """A tensor of a size that the code gives carries no labels."""
 
 
-@rule(*"empty_like full_like ones_like rand_like randint_like randn_like zeros_like".split())
+@rule("empty_like full_like ones_like rand_like randint_like randn_like zeros_like")
 def created_like(flow: Flow, op: Op) -> None:
     """A tensor of another's size, with that one's channels."""
     dims = flow.of(op.x)

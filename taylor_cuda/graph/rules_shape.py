@@ -144,7 +144,7 @@ def repeat(flow: Flow, op: Op) -> None:
     tiled: Dims = [
         labels if labels is None else np.tile(labels, count) for labels, count in zip(dims, times[new:], strict=True)
     ]
-    flow.put(op.out, [None] * new + tiled)
+    flow.put(op.out, [*[None] * new, *tiled])
 
 
 @rule("cat", "concat")
@@ -194,7 +194,7 @@ def split(flow: Flow, op: Op) -> None:
         if len(set(sizes)) == 1:
             parts = list(np.split(labels, len(sizes)))
             for part in parts[1:]:
-                flow.equal(parts[0], part, "split together with channels that no layer of the model writes")
+                flow.equal(parts[0], part, "split together with channels that stay")
         else:
             flow.freeze([labels], "split into unequal parts")
     for out, part in zip(op.out, parts, strict=True):

@@ -1,7 +1,7 @@
 """What a plan means for every tensor and every layer: which positions stay, and what the sizes become.
 
-The parts are separate so that a transaction can be built from them: :func:`tensor_keeps` and :func:`shrink_groups` only compute,
-:func:`slice_tensor` returns a new tensor, :func:`update_attributes` returns what it replaced.
+The parts are separate so that a transaction can be built from them: :func:`tensor_keeps` and :func:`shrink_groups`
+only compute, :func:`slice_tensor` returns a new tensor, :func:`update_attributes` returns what it replaced.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
 __all__ = ["Sliced", "layer_sizes", "shrink_groups", "slice_model", "slice_tensor", "tensor_keeps", "update_attributes"]
 
 Keeps = dict[str, dict[int, Tensor]]
-"""``{tensor name: {dimension: sorted int64 positions that stay}}``, on the CPU; what keeps all of its positions is left out."""
+"""``{tensor name: {dimension: sorted int64 positions that stay}}``, on the CPU; where all stay, nothing."""
 
 
 def tensor_keeps(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor]) -> Keeps:
@@ -55,7 +55,7 @@ def tensor_keeps(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor]) -
 
 
 def slice_tensor(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """A new tensor with only the ``kept`` positions of each dimension; same dtype, device and order of dimensions in memory.
+    """A new tensor with only the ``kept`` positions of each dimension; same dtype, device and memory format.
 
     Args:
         tensor: any shape.
@@ -75,8 +75,8 @@ def slice_tensor(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 def _strides_like(tensor: Tensor, shape: torch.Size) -> tuple[int, ...]:
     """Strides of a dense tensor of ``shape`` with its dimensions in the order in memory of those of ``tensor``.
 
-    ``is_contiguous(memory_format=…)`` can't tell the formats of a 1×1 or a depthwise weight apart; their strides do, once
-    dimensions of length 1 count as the inner one of two with equal stride.
+    ``is_contiguous(memory_format=…)`` can't tell the formats of a 1×1 or a depthwise weight apart; their strides do,
+    once dimensions of length 1 count as the inner one of two with equal stride.
     """
     inner_first = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d] > 1, -d))
     strides, step = [0] * tensor.dim(), 1
@@ -100,7 +100,8 @@ def shrink_groups(groups: Groups, keep: Mapping[str, Tensor], keeps: Keeps) -> t
     Args:
         groups: the groups before.
         keep: ``{group name: sorted int64 unit indices}``; a group that isn't named keeps all.
-        keeps: :func:`tensor_keeps` of the same plan. Positions shift in every group that shares a dimension with one that shrinks.
+        keeps: :func:`tensor_keeps` of the same plan. Positions shift in every group that shares a dimension with one
+            that shrinks.
     """
     result = []
     for group in groups:
@@ -159,7 +160,7 @@ def layer_sizes(module: nn.Module) -> dict[str, Any]:
 
 
 def update_attributes(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Make every layer's size attributes follow its tensors; returns ``(module, attribute, old value)`` of what changed."""
+    """Make every layer's sizes follow its tensors; returns ``(module, attribute, old value)`` of what changed."""
     changed = []
     for module in model.modules():
         for name, value in layer_sizes(module).items():
@@ -185,17 +186,18 @@ class Sliced:
             setattr(module, name, old)
 
 
-def slice_model(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor]) -> Sliced:
+def slice_model(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor], keeps: Keeps | None = None) -> Sliced:
     """Slice parameters and buffers of ``model`` in place (the same objects) and update its layers' attributes.
 
-    This is the bare cut: no gradients, no optimizer, no verification, ``groups`` unchanged.
+    This is the bare cut: no gradients, no optimizer, no verification, ``groups`` unchanged. ``keeps`` is
+    :func:`tensor_keeps` of the same plan, where it's there already.
 
     Returns:
         What was replaced; ``.restore()`` undoes it.
     """
     tensors = named_tensors(model)
     done = Sliced()
-    for name, kept in tensor_keeps(model, groups, keep).items():
+    for name, kept in (tensor_keeps(model, groups, keep) if keeps is None else keeps).items():
         tensor = tensors[name]
         done.tensors.append((tensor, tensor.data))
         tensor.data = slice_tensor(tensor.data, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from taylor_cuda.graph.flow import Flow, Place
 from taylor_cuda.graph.groups import ChannelGroup, Frozen, Member
 from taylor_cuda.graph.labels import NEVER, Array, Bools, Classes
 
-_NO_READER = "no layer that reads them and ends there was met"
-_ALONE = "one unit in all"
+_LEFT = ("", "no layer reads them", "one unit in all")
+Leftovers = np.ndarray[Any, np.dtype[np.int8]]
+"""By root: why a class that nothing froze is no group, an index into ``_LEFT``."""
+
 _UNREACHED = "read by a product that is neither a convolution nor a linear layer"
 
 
@@ -40,7 +43,8 @@ def _mix(values: Array) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    mixed: np.ndarray[tuple[int], np.dtype[np.uint64]] = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 def find_runs(root: Array, place_of: Array, candidate: Bools) -> Runs:
@@ -70,11 +74,7 @@ class Units:
         self.classes = classes
         self.places = flow.places
         sizes = np.array([place.size for place in self.places], dtype=np.int64)
-        self.start = np.array([place.start for place in self.places], dtype=np.int64)
         self.place_of = np.repeat(np.arange(len(self.places), dtype=np.int64), sizes)
-        self.tensor_of = np.cumsum(
-            [at > 0 and place.tensor != self.places[at - 1].tensor for at, place in enumerate(self.places)], dtype=np.int64
-        )
         self.at = {(place.tensor, place.dim): at for at, place in enumerate(self.places)}
 
     def nodes(self, place: Place) -> Array:
@@ -89,12 +89,12 @@ class Units:
                 has[self.classes.root[self.nodes(self.places[self.at[place]])]] = True
         return has
 
-    def groups(self) -> tuple[list[ChannelGroup], dict[int, str]]:
-        """Groups in the model's order, and why classes (by root) that nothing froze are none."""
+    def groups(self) -> tuple[list[ChannelGroup], Leftovers]:
+        """Groups in the model's order, and which classes that nothing froze are none (see :data:`_LEFT`)."""
         reads = self.having("read")
         candidate = (self.classes.event == NEVER) & self.having("write")
         runs = find_runs(self.classes.root, self.place_of, candidate & reads)
-        why = dict.fromkeys(np.flatnonzero(candidate & ~reads).tolist(), _NO_READER)
+        left: Leftovers = (candidate & ~reads).astype(np.int8)
         result: list[tuple[int, tuple[Member, ...]]] = []
         if runs.first_of_class.size:
             signature = np.add.reduceat(_mix(runs.place * (1 << 32) + runs.count), runs.first_of_class)
@@ -103,16 +103,18 @@ class Units:
             begin = np.r_[0, np.cumsum(runs.count)]
             for units in np.split(order, np.cumsum(size_of)[:-1]):
                 if units.size == 1:
-                    why[int(runs.root[runs.first_of_class[units[0]]])] = _ALONE
+                    left[runs.root[runs.first_of_class[units[0]]]] = 2
                 else:
                     result.append(self._members(runs, units, begin))
         result.sort(key=lambda item: item[0])
-        return self._named([members for _, members in result]), why
+        return self._named([members for _, members in result]), left
 
     def _members(self, runs: Runs, units: Array, begin: Array) -> tuple[int, tuple[Member, ...]]:
         """The members of one group, and its first node. ``units``: classes by number, ascending."""
         first_runs = runs.first_of_class[units]
-        one = np.flatnonzero(runs.root == runs.root[first_runs[0]])
+        after = np.searchsorted(runs.first_of_class, first_runs[0], side="right")
+        end = runs.first_of_class[after] if after < runs.first_of_class.size else runs.root.size
+        one = slice(first_runs[0], end)
         count = runs.count[one]
         table = runs.nodes[begin[first_runs][:, None] + np.arange(count.sum())]
         members = []
@@ -135,28 +137,33 @@ class Units:
             named.append(ChannelGroup(full, members, torch.arange(size), size))
         return named
 
-    def frozen(self, why: dict[int, str]) -> list[Frozen]:
+    def frozen(self, left: Leftovers) -> list[Frozen]:
         """Written channels that stay, counted by the module that writes them first and by reason."""
         root, event = self.classes.root, self.classes.event
         seen = np.zeros(root.size, dtype=bool)
         sizes: dict[tuple[str, str], int] = {}
-        for place_index, place in enumerate(self.places):
+        for place in self.places:
             if self.flow.roles.get((place.tensor, place.dim)) != "write":
                 continue
             mine = root[self.nodes(place)]
             fresh = mine[~seen[mine]]
             seen[mine] = True
-            name = self.places[place_index].tensor.rpartition(".")[0] or place.tensor
-            for code, size in zip(*np.unique(np.minimum(event[fresh], NEVER), return_counts=True), strict=True):
-                if code != NEVER:
-                    key = (name, str(self.classes.reasons[code]))
-                    sizes[key] = sizes.get(key, 0) + int(size)
-            for text in (why[int(class_)] for class_ in fresh if int(class_) in why) if why else ():
-                sizes[name, text] = sizes.get((name, text), 0) + 1
+            name = place.tensor.rpartition(".")[0] or place.tensor
+            stuck = fresh[event[fresh] != NEVER]
+            reasons = [(str(self.classes.reasons[at]), size) for at, size in _counts(event[stuck])]
+            reasons += [(_LEFT[at], size) for at, size in _counts(left[fresh]) if at]
+            for text, size in reasons:
+                sizes[name, text] = sizes.get((name, text), 0) + size
         for layer in self.flow.outside:
             key = (layer.module, str(layer.reason))
             sizes[key] = max(sizes.get(key, 0), layer.size)
         return [Frozen(name, size, reason) for (name, reason), size in sizes.items()]
+
+
+def _counts(values: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
+    """Each value and how often it is there."""
+    found, counts = np.unique(values, return_counts=True)
+    return list(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def freeze_unreached(flow: Flow, seen: set[str]) -> None:

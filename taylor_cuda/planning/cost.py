@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.groups import Groups
 
-__all__ = ["COSTS", "Cost", "CostTerms", "Factor", "compile_cost", "model_cost", "original_cost"]
+__all__ = ["COSTS", "Cost", "CostTerms", "Factor", "Lengths", "compile_cost", "model_cost", "original_cost"]
 
 COSTS = ("macs", "params", "channels")
 """What a budget can limit, in the order used everywhere."""
@@ -81,55 +81,61 @@ class CostTerms:
 
 
 class Lengths:
-    """The dimensions of a model's tensors as linear functions of the kept counts."""
+    """The dimensions of a model's tensors as linear functions of the kept counts.
+
+    Attributes:
+        parameters: the model's parameters by name; a shared one once.
+        places: the length of every ``(tensor, dimension)`` that some group can change.
+
+    Raises:
+        InputError: the groups belong to another model, or to other widths of this one.
+    """
 
     def __init__(self, model: nn.Module, groups: Groups) -> None:
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
-        self.tensors = {**self.parameters, **dict(model.named_buffers())}
-        self._widths: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+        self._tensors = {**self.parameters, **dict(model.named_buffers())}
+        widths: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
         for number, group in enumerate(groups):
             for member in group.members:
-                self._widths[member.tensor, member.dim][number] += member.width
-        self._sizes = [group.size for group in groups]
+                widths[member.tensor, member.dim][number] += member.width
+        sizes = [group.size for group in groups]
+        self.places = {place: self._length(place, taken, sizes) for place, taken in widths.items()}
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of this name."""
-        tensor = self.tensors.get(name)
+        tensor = self._tensors.get(name)
         if tensor is None:
             raise InputError(
-                f"groups: the model has no tensor {name!r}; pass the module that was traced, not a wrapped or another one"
+                f"groups: the model has no tensor {name!r}; "
+                "pass the module that was traced, not a wrapped or another one"
             )
         return tensor
 
     def dimensions(self, name: str) -> list[Factor]:
         """The length of every dimension of a tensor."""
-        return [self._dimension(name, dim, length) for dim, length in enumerate(self.tensor(name).shape)]
+        shape = self.tensor(name).shape
+        return [self.places.get((name, dim)) or Factor(length, ()) for dim, length in enumerate(shape)]
 
-    def _dimension(self, name: str, dim: int, length: int) -> Factor:
-        widths = self._widths.get((name, dim), Counter())
-        rest = length - sum(width * self._sizes[group] for group, width in widths.items())
+    def _length(self, place: tuple[str, int], taken: Mapping[int, int], sizes: Sequence[int]) -> Factor:
+        name, dim = place
+        shape = self.tensor(name).shape
+        if not 0 <= dim < len(shape):
+            raise InputError(f"groups: {name!r} has {len(shape)} dimensions, none numbered {dim}")
+        rest = shape[dim] - sum(width * sizes[group] for group, width in taken.items())
         if rest < 0:
             raise InputError(
-                f"groups: dimension {dim} of {name!r} is {length} long, {-rest} less than its groups say; "
+                f"groups: dimension {dim} of {name!r} is {shape[dim]} long, {-rest} less than its groups say; "
                 "trace the model again, or cut it with tc.cut only"
             )
-        return Factor(rest, tuple(sorted(widths.items())))
-
-    def check_places(self) -> None:
-        """Raise where a group lies in a dimension that the model doesn't have."""
-        for name, dim in self._widths:
-            if not 0 <= dim < self.tensor(name).dim():
-                raise InputError(f"groups: {name!r} has {self.tensor(name).dim()} dimensions, none numbered {dim}")
+        return Factor(rest, tuple(sorted(taken.items())))
 
 
-def compile_cost(model: nn.Module, groups: Groups) -> CostTerms:
-    """The costs of ``model`` as terms in the kept counts of ``groups``.
+def compile_cost(lengths: Lengths, groups: Groups) -> CostTerms:
+    """The costs of a model as terms in the kept counts of ``groups``.
 
     Raises:
-        InputError: the groups belong to another model, or to other widths of this one.
+        InputError: a call uses a weight that the model doesn't have.
     """
-    lengths = Lengths(model, groups)
-    lengths.check_places()
     factors: dict[Factor, int] = {}
     terms: dict[tuple[int, ...], list[int]] = {(): [0, 0, 0]}
 
@@ -173,7 +179,7 @@ def model_cost(model: nn.Module, groups: Groups, sizes: Mapping[str, int] | None
     Raises:
         InputError: an unknown group, a count out of range, or groups of another model.
     """
-    terms = compile_cost(model, groups)
+    terms = compile_cost(Lengths(model, groups), groups)
     return as_cost(groups, terms.totals(kept_counts(groups, sizes)))
 
 

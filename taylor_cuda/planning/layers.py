@@ -51,7 +51,6 @@ def layer_costs(model: nn.Module, groups: Groups, sizes: Mapping[str, int] | Non
         InputError: an unknown group, a count out of range, or groups of another model.
     """
     lengths = Lengths(model, groups)
-    lengths.check_places()
     states = (kept_counts(groups, None), kept_counts(groups, sizes))
     sums: dict[str, _Sums] = {}
     for name in lengths.parameters:

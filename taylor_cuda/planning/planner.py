@@ -18,7 +18,7 @@ from taylor_cuda.errors import InputError
 from taylor_cuda.graph.groups import Groups
 from taylor_cuda.planning import greedy
 from taylor_cuda.planning.budget import budget_limits, check_feasible, parse_budget
-from taylor_cuda.planning.cost import Cost, CostTerms, as_cost, compile_cost, original_totals
+from taylor_cuda.planning.cost import Cost, CostTerms, Lengths, as_cost, compile_cost, original_totals
 from taylor_cuda.planning.problem import Problem, pose
 from taylor_cuda.planning.rungs import allowed_counts, resolve_round_to
 from taylor_cuda.text import table
@@ -139,8 +139,9 @@ def plan(
     if rank not in RANKS:
         raise InputError(f"rank: unknown {rank!r}; there are {list(RANKS)}")
     multiple = resolve_round_to(model, round_to)
-    rungs = allowed_counts(groups, multiple, min_keep, max_ratio)
-    terms = compile_cost(model, groups)
+    lengths = Lengths(model, groups)
+    rungs = allowed_counts(groups, lengths, multiple, min_keep, max_ratio)
+    terms = compile_cost(lengths, groups)
     orders, values = _ordered(groups, scores)
     originals = original_totals(groups)
     floors = f"min_keep={min_keep}, max_ratio={max_ratio:g}, round_to={multiple}"
@@ -151,7 +152,7 @@ def plan(
 
 
 def solver(problem: Problem) -> Callable[[Problem], list[int]]:
-    """The compiled solver where it was built and its 64-bit integers suffice, otherwise its twin: both give the same."""
+    """The compiled solver where it was built and its 64-bit integers suffice, otherwise its twin; both agree."""
     native = native_planner()
     if native is None or not problem.exact_in_64_bits:
         return greedy.solve

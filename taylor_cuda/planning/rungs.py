@@ -6,20 +6,23 @@ needs ``round_to / gcd(round_to, width)`` units, and the group the least common 
 
 Where several groups share a dimension (a concatenation) and one of them does not start at a multiple, slicing another
 alone would leave the sum off. Such groups are **joined**: the first removal takes all that start off a multiple down to
-one together, and only then does each move on its own. Positions that nothing can move (frozen channels, a group already
-at its floor) are beyond rounding: a dimension that holds them is a multiple of ``round_to`` plus those.
+one together, and only then does each move on its own. Positions that nothing can move (frozen channels, a group with no
+smaller count) may be beyond rounding: a dimension that they keep off a multiple today is left so, the rest of it
+rounded; but a dimension that is a multiple today never stops being one, so a group that makes it one together with
+them can't move either.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
 from taylor_cuda.errors import InputError
-from taylor_cuda.graph.groups import ChannelGroup, Groups
+from taylor_cuda.graph.groups import Groups
+from taylor_cuda.planning.cost import Factor, Lengths
 
 __all__ = ["Rungs", "allowed_counts", "resolve_round_to"]
 
@@ -51,11 +54,14 @@ def resolve_round_to(model: nn.Module, round_to: int | str) -> int:
     return round_to
 
 
-def allowed_counts(groups: Groups, round_to: int = 1, min_keep: int = 1, max_ratio: float = 1.0) -> Rungs:
+def allowed_counts(
+    groups: Groups, lengths: Lengths, round_to: int = 1, min_keep: int = 1, max_ratio: float = 1.0
+) -> Rungs:
     """The counts every group may have.
 
     Args:
         groups: from ``tc.trace``.
+        lengths: the dimensions that they lie in.
         round_to: what every sliced dimension stays a multiple of.
         min_keep: units that every group keeps at least.
         max_ratio: largest fraction of a group's *original* units that may be gone, over all cuts together.
@@ -67,29 +73,49 @@ def allowed_counts(groups: Groups, round_to: int = 1, min_keep: int = 1, max_rat
         raise InputError(f"min_keep: wanted a whole number of at least 1, got {min_keep!r}")
     if isinstance(max_ratio, bool) or not isinstance(max_ratio, (int, float)) or not 0 <= max_ratio <= 1:
         raise InputError(f"max_ratio: wanted a fraction from 0 to 1, got {max_ratio!r}")
+    sizes = [group.size for group in groups]
     first, lowest, quantum = [], [], []
     for group in groups:
         step = math.lcm(1, *(round_to // math.gcd(round_to, member.width) for member in group.members))
         # The small addend keeps 0.29 * 100 from being 28 by the rounding of floats.
         floor = max(min_keep, group.original_size - math.floor(group.original_size * max_ratio + 1e-9))
-        low, high = -(-floor // step) * step, (group.size - 1) // step * step
-        movable = low <= high
-        first.append(high if movable else group.size)
-        lowest.append(low if movable else group.size)
+        first.append((group.size - 1) // step * step)
+        lowest.append(-(-floor // step) * step)
         quantum.append(step)
-    return Rungs(tuple(first), tuple(lowest), tuple(quantum), _join(groups, first, quantum))
+    movable = [low <= high for low, high in zip(lowest, first, strict=True)]
+    joined = [-1] * len(sizes)
+    if round_to > 1:
+        places = list(set(lengths.places.values()))
+        _hold(places, sizes, movable, round_to)
+        joined = _join(places, sizes, movable, quantum, round_to)
+    return Rungs(
+        first=tuple(count if moves else size for count, moves, size in zip(first, movable, sizes, strict=True)),
+        lowest=tuple(count if moves else size for count, moves, size in zip(lowest, movable, sizes, strict=True)),
+        quantum=tuple(quantum),
+        joined=tuple(joined),
+    )
 
 
-def _join(groups: Groups, first: list[int], quantum: list[int]) -> tuple[int, ...]:
+def _fixed(place: Factor, sizes: list[int], movable: list[bool]) -> int:
+    """Positions along a dimension that nothing can move."""
+    return place.constant + sum(width * sizes[group] for group, width in place.widths if not movable[group])
+
+
+def _hold(places: list[Factor], sizes: list[int], movable: list[bool], round_to: int) -> None:
+    """Make unmovable what only makes up a multiple together with positions that can't move."""
+    held = True
+    while held:
+        held = False
+        for place in places:
+            if place.at(sizes) % round_to == 0 and _fixed(place, sizes, movable) % round_to != 0:
+                for group, width in place.widths:
+                    if movable[group] and width * sizes[group] % round_to != 0:
+                        movable[group], held = False, True
+
+
+def _join(places: list[Factor], sizes: list[int], movable: list[bool], quantum: list[int], round_to: int) -> list[int]:
     """Number the sets of movable groups that share a dimension with one that starts off a multiple."""
-    movable = [group.size != count for group, count in zip(groups, first, strict=True)]
-    off = [m and group.size % q != 0 for group, m, q in zip(groups, movable, quantum, strict=True)]
-    sharing: dict[tuple[str, int], set[int]] = defaultdict(set)
-    for number, group in enumerate(groups):
-        if movable[number]:
-            for place in _places(group):
-                sharing[place].add(number)
-    parent = list(range(len(groups)))
+    parent = list(range(len(sizes)))
 
     def root(number: int) -> int:
         while parent[number] != number:
@@ -97,16 +123,12 @@ def _join(groups: Groups, first: list[int], quantum: list[int]) -> tuple[int, ..
             number = parent[number]
         return number
 
-    for together in sharing.values():
-        if len(together) > 1 and any(off[number] for number in together):
-            least = min(root(number) for number in together)
-            for number in together:
-                parent[root(number)] = least
-    count = [0] * len(groups)
-    for number in range(len(groups)):
-        count[root(number)] += 1
-    return tuple(root(number) if count[root(number)] > 1 else -1 for number in range(len(groups)))
-
-
-def _places(group: ChannelGroup) -> set[tuple[str, int]]:
-    return {(member.tensor, member.dim) for member in group.members}
+    for place in places:
+        together = [group for group, _ in place.widths if movable[group]]
+        rounds = _fixed(place, sizes, movable) % round_to == 0
+        if len(together) > 1 and rounds and any(sizes[group] % quantum[group] for group in together):
+            least = min(root(group) for group in together)
+            for group in together:
+                parent[root(group)] = least
+    members = Counter(root(group) for group in range(len(sizes)))
+    return [root(group) if members[root(group)] > 1 else -1 for group in range(len(sizes))]

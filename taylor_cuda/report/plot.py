@@ -23,6 +23,7 @@ def write_widths_svg(widths: Mapping[str, tuple[int, int]], path: Path, title: s
         InputError: matplotlib isn't installed.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -50,5 +51,6 @@ def write_widths_svg(widths: Mapping[str, tuple[int, int]], path: Path, title: s
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=8)
-    with replacing(path) as temporary:
+    # Text as text, which can be searched; the same widths give the same file.
+    with replacing(path) as temporary, rc_context({"svg.fonttype": "none", "svg.hashsalt": "widths"}):
         figure.savefig(temporary, format="svg", metadata={"Date": None})

@@ -93,27 +93,28 @@ def residual() -> tuple[nn.Module, Groups]:
 
 
 class Concat(nn.Module):
-    """Two branches side by side before the layer that reads both."""
+    """Two branches, and the input itself where ``skip`` is set, side by side before the layer that reads them."""
 
-    def __init__(self, left: int, right: int) -> None:
+    def __init__(self, left: int, right: int, skip: bool) -> None:
         super().__init__()
+        wide = left + right + 3 * skip
         self.left, self.right = nn.Conv2d(3, left, 1, bias=False), nn.Conv2d(3, right, 1, bias=False)
-        self.bn = nn.BatchNorm2d(left + right)
-        self.both = nn.Conv2d(left + right, 8, 1, bias=False)
+        self.bn = nn.BatchNorm2d(wide)
+        self.both = nn.Conv2d(wide, 8, 1, bias=False)
         self.fc = nn.Linear(8, 2)
+        self.skip = skip
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(torch.cat([self.left(x), self.right(x)], 1)))
-        return self.fc(self.both(x).mean((2, 3)))
+        branches = [self.left(x), self.right(x), *([x] if self.skip else [])]
+        return self.fc(self.both(F.relu(self.bn(torch.cat(branches, 1)))).mean((2, 3)))
 
 
-def concat(left: int = 12, right: int = 20) -> tuple[nn.Module, Groups]:
-    model, x = Concat(left, right), torch.randn(1, 3, 4, 4)
-    norm = [("bn.weight", 0), ("bn.bias", 0), ("bn.running_mean", 0), ("bn.running_var", 0)]
+def concat(left: int = 12, right: int = 20, skip: bool = False) -> tuple[nn.Module, Groups]:
+    model, x = Concat(left, right, skip), torch.randn(1, 3, 4, 4)
     places = {
         name: [
-            *layer(name),
-            *((tensor, dim, "norm", 1, start) for tensor, dim in norm),
+            (f"{name}.weight", 0, "write", 1, 0),
+            *layer("both", "bn", start)[1:],
             ("both.weight", 1, "read", 1, start),
         ]
         for name, start in (("left", 0), ("right", left))
@@ -181,6 +182,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Groups]]] = {
     "chain": chain,
     "residual": residual,
     "concat": concat,
+    "skip": lambda: concat(5, 7, skip=True),
     "grouped": grouped,
     "twice": twice,
 }

@@ -14,7 +14,7 @@ from taylor_cuda.errors import InputError
 from taylor_cuda.graph.groups import Call, Groups
 from taylor_cuda.graph.slicing import slice_model
 from taylor_cuda.planning import Cost, layer_costs, model_cost, original_cost
-from taylor_cuda.planning.cost import compile_cost
+from taylor_cuda.planning.cost import Lengths, compile_cost
 from tests.planning.nets import NETS, chain, concat, grouped
 
 
@@ -60,7 +60,8 @@ def test_cost_is_that_of_the_model_when_it_is_cut(net: str) -> None:
 
 def test_equal_factors_are_merged() -> None:
     """Twelve tensors of the concatenation lie in only four lengths, and in a handful of terms."""
-    terms = compile_cost(*concat())
+    model, groups = concat()
+    terms = compile_cost(Lengths(model, groups), groups)
     assert len(terms.factors) == 4
     assert len(set(terms.products)) == len(terms.products) <= 7
 

@@ -15,7 +15,8 @@ from taylor_cuda.graph.groups import Groups, check_keep
 from taylor_cuda.graph.slicing import shrink_groups, slice_model, tensor_keeps
 from taylor_cuda.planning import Plan, model_cost, plan
 from taylor_cuda.planning import planner as planner_module
-from taylor_cuda.planning.rungs import allowed_counts, resolve_round_to
+from taylor_cuda.planning.cost import Lengths
+from taylor_cuda.planning.rungs import Rungs, allowed_counts, resolve_round_to
 from tests.planning.nets import (
     NETS,
     chain,
@@ -137,48 +138,56 @@ def test_budgets_and_max_ratio_refer_to_the_original_model_over_several_cuts() -
         plan(model, groups, random_scores(groups), {"channels": 0.3}, max_ratio=0.5)
 
 
+def counts_of(net: tuple[nn.Module, Groups], **options: float) -> Rungs:
+    model, groups = net
+    return allowed_counts(groups, Lengths(model, groups), **options)
+
+
 def test_quantum_follows_the_width_of_a_unit() -> None:
     """Units of two, four and four positions: multiples of 8 need multiples of 4, 2 and 2 units."""
-    _, groups = grouped()
-    assert allowed_counts(groups, round_to=8).quantum == (4,)
-    assert allowed_counts(groups, round_to=4).quantum == (2,)
-    assert allowed_counts(groups, round_to=2).quantum == (1,)
-    _, groups = chain()
-    assert allowed_counts(groups, round_to=3).quantum == (3, 3)
-    rungs = allowed_counts(groups, round_to=4, min_keep=2)
+    assert counts_of(grouped(), round_to=8).quantum == (4,)
+    assert counts_of(grouped(), round_to=4).quantum == (2,)
+    assert counts_of(grouped(), round_to=2).quantum == (1,)
+    assert counts_of(chain(), round_to=3).quantum == (3, 3)
+    rungs = counts_of(chain(), round_to=4, min_keep=2)
     assert (rungs.first, rungs.lowest) == ((4, 4), (4, 4))  # conv2 has 4 and nothing below that is allowed
 
 
 def test_floors_by_hand() -> None:
-    _, groups = chain()  # 6 and 4 units
-    assert allowed_counts(groups, min_keep=3).lowest == (3, 3)
-    assert allowed_counts(groups, min_keep=5).lowest == (5, 4)
-    assert allowed_counts(groups, max_ratio=0.5).lowest == (3, 2)
-    assert allowed_counts(groups, max_ratio=0.4).lowest == (4, 3)
-    assert allowed_counts(groups, max_ratio=0).first == (6, 4)
-    assert allowed_counts(groups, round_to=2, max_ratio=0.5).lowest == (4, 2)
-    _, wide = concat(100, 20)
-    assert allowed_counts(wide, max_ratio=0.29).lowest[0] == 71  # 0.29 * 100 == 28.999999999999996
+    """The two groups have 6 and 4 units."""
+    assert counts_of(chain(), min_keep=3).lowest == (3, 3)
+    assert counts_of(chain(), min_keep=5).lowest == (5, 4)
+    assert counts_of(chain(), max_ratio=0.5).lowest == (3, 2)
+    assert counts_of(chain(), max_ratio=0.4).lowest == (4, 3)
+    assert counts_of(chain(), max_ratio=0).first == (6, 4)
+    assert counts_of(chain(), round_to=2, max_ratio=0.5).lowest == (4, 2)
+    assert counts_of(concat(100, 20), max_ratio=0.29).lowest[0] == 71  # 0.29 * 100 == 28.999999999999996
 
 
 def test_branches_of_a_concatenation_are_rounded_together() -> None:
     """12 + 20 = 32 channels side by side: neither 8 + 20 nor 12 + 16 is a multiple of 8, so both move, or none."""
     model, groups = concat(12, 20)
-    assert allowed_counts(groups, round_to=8).joined == (0, 0, -1)
-    assert allowed_counts(groups, round_to=4).joined == (-1, -1, -1)
+    assert counts_of((model, groups), round_to=8).joined == (0, 0, -1)
+    assert counts_of((model, groups), round_to=4).joined == (-1, -1, -1)
     scores = random_scores(groups)
     scores["left"] *= 1e-6
-    assert plan(model, groups, scores, {"channels": 0.95}, round_to=8).sizes == {"left": 8, "right": 16, "both": 8}
-    assert plan(model, groups, scores, {"channels": 0.8}, round_to=8).sizes == {"left": 8, "right": 16, "both": 8}
-    assert plan(model, groups, scores, {"channels": 0.65}, round_to=8).sizes == {"left": 8, "right": 8, "both": 8}
+    for fraction, left, right in ((0.95, 8, 16), (0.8, 8, 16), (0.65, 8, 8)):
+        decided = plan(model, groups, scores, {"channels": fraction}, round_to=8)
+        assert decided.sizes == {"left": left, "right": right, "both": 8}
     assert plan(model, groups, scores, {"channels": 0.95}, round_to=4).sizes == {"left": 8, "right": 20, "both": 8}
-    # A branch that can't come down to a multiple stays, and holds nobody up.
-    model, groups = concat(6, 16)
-    assert plan(model, groups, random_scores(groups), {"channels": 0.8}, round_to=8).sizes == {
-        "left": 6,
-        "right": 8,
-        "both": 8,
-    }
+
+
+def test_a_dimension_that_is_a_multiple_stays_one() -> None:
+    """A branch of 4 has no multiple of 8 below it, and the input's 3 channels are frozen."""
+    model, groups = concat(4, 16)  # 20 together, never a multiple: the branch of 16 is rounded on its own
+    decided = plan(model, groups, random_scores(groups), {"channels": 0.8}, round_to=8)
+    assert decided.sizes == {"left": 4, "right": 8, "both": 8}
+    assert counts_of(concat(4, 20), round_to=8).first == (4, 20, 8)  # 24 together, which 4 + 16 would not be
+    assert counts_of(concat(4, 24), round_to=8).first == (4, 16, 8)  # 28 together
+    assert counts_of(concat(16, 13, skip=True), round_to=8).first == (8, 13, 8)  # 13 + 3 stay, 16 may become 8
+    assert counts_of(concat(16, 13, skip=True), round_to=8).joined == (-1, -1, -1)
+    assert counts_of(concat(16, 12, skip=True), round_to=8).first == (8, 8, 8)  # 31 together, never a multiple
+    assert counts_of(concat(12, 20, skip=True), round_to=8).joined == (-1, -1, -1)  # nothing to be gained together
 
 
 def test_round_to_auto(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,10 +226,12 @@ def make(net: Callable[[], Net], seed: int = 0, dtype: torch.dtype = torch.float
 
 
 def random_keep(groups: Groups, seed: int = 0) -> dict[str, Tensor]:
-    """Every group loses at least one unit and keeps at least one."""
+    """Every group with two units or more loses at least one and keeps at least one."""
     generator = torch.Generator().manual_seed(seed)
     keep = {}
     for one in groups:
+        if one.size == 1:
+            continue
         count = int(torch.randint(1, one.size, (), generator=generator))
         keep[one.name] = torch.randperm(one.size, generator=generator)[:count].sort().values
     return keep

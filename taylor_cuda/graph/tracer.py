@@ -1,0 +1,164 @@
+"""``tc.trace``: which channels of a model can be removed, and every place each of them lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from taylor_cuda.errors import InputError
+from taylor_cuda.graph.affine import with_affine
+from taylor_cuda.graph.flow import Flow
+from taylor_cuda.graph.groups import Call, ChannelGroup, Frozen, Groups, call_arguments, named_tensors
+from taylor_cuda.graph.prove import prove as prove_groups
+from taylor_cuda.graph.recorder import copied, copy_model, leaves, record, undisturbed
+from taylor_cuda.graph.units import Units, freeze_unreached
+
+__all__ = ["trace"]
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def trace(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = (), prove: bool = True) -> Groups:
+    """Find the groups of channels that can be removed from ``model``.
+
+    The forward pass runs on a copy, in eval and in train mode, under rules for every ATen op (DESIGN 5).
+    Data-dependent control flow is followed as it goes for the example. The model itself, its modes, gradients, hooks
+    and the random states stay as they are.
+
+    Args:
+        model: any module on one device; not compiled and not wrapped.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, on the model's device.
+        ignore: names of modules, with ``*`` and ``?``, whose outputs stay. The network's own outputs stay always.
+        prove: compare a cut copy with a masked one and offer only what holds. Without it, code with numbers that
+            should have shrunk (``x[:, :8]``) may be offered.
+
+    Returns:
+        The groups, what is frozen and why, and what costs MACs.
+
+    Raises:
+        InputError: the model can't be traced as it is, its forward pass raises, a name in ``ignore`` matches nothing,
+            or there is nothing to prune.
+    """
+    _check_model(model)
+    inputs: Inputs = copied(call_arguments(example_inputs))
+    stay = _matching(model, ignore)
+    twin = _copy(model)
+    with undisturbed(model):
+        flow = Flow(twin)
+        calls, train_calls, notes = _record_both(twin, flow, inputs, stay)
+        units = Units(flow, flow.labels.solve())
+        found, left = units.groups()
+        parameters = dict(model.named_parameters())
+        groups = Groups(
+            groups=tuple(with_affine(units, found)),
+            frozen=tuple(units.frozen(left)),
+            calls=tuple(calls),
+            example_inputs=inputs,
+            batch_size=next((tensor.shape[0] for tensor in leaves(inputs) if tensor.dim()), 1),
+            original_macs=sum(_macs(call, parameters) for call in calls),
+            original_params=sum(parameter.numel() for parameter in parameters.values()),
+            notes=notes,
+        )
+        if prove:
+            only_in_train = {call.weight for call in train_calls} - {call.weight for call in calls}
+            _without(groups, prove_groups(twin, groups, inputs, bool(only_in_train)))
+    if not groups.groups:
+        raise InputError(f"model: nothing to prune. {_summary(groups.frozen)}")
+    return groups
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        place = f" (at {name})" if name else ""
+        if isinstance(module, wrappers) or kind in ("FullyShardedDataParallel", "FSDP"):
+            raise InputError(f"model: is wrapped in {kind}{place}; pass the module inside (model.module)")
+        if kind == "OptimizedModule":
+            raise InputError(f"model: was compiled by torch.compile{place}; pass the original module (model._orig_mod)")
+    tensors = named_tensors(model)
+    lazy = [name for name, tensor in tensors.items() if nn.parameter.is_lazy(tensor)]
+    if lazy:
+        raise InputError(f"model: {lazy[0]} has no shape yet; run the model once before tracing it")
+    if not any(parameter.numel() for parameter in model.parameters()):
+        raise InputError("model: has no parameters, so there is nothing to prune")
+    devices = {str(tensor.device) for tensor in tensors.values()}
+    if "meta" in devices:
+        raise InputError("model: has tensors on the meta device, which hold no values; build it on a real device")
+    if len(devices) > 1:
+        raise InputError(f"model: wanted all parameters and buffers on one device, got {sorted(devices)}")
+
+
+def _matching(model: nn.Module, ignore: Sequence[str]) -> dict[str, str]:
+    """``{module name: the pattern in ignore that matches it}``."""
+    patterns = [ignore] if isinstance(ignore, str) else list(ignore)
+    names = [name for name, _ in model.named_modules() if name]
+    found = {}
+    for pattern in patterns:
+        hits = [name for name in names if fnmatchcase(name, pattern)]
+        if not hits:
+            raise InputError(f"ignore: {pattern!r} matches no module of the model; names are like {names[:5]}")
+        found.update(dict.fromkeys(hits, pattern))
+    return found
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy_model(model)
+    except Exception as error:
+        raise InputError(f"model: can't be deep-copied, which tracing needs: {error}") from error
+
+
+def _record_both(
+    twin: nn.Module, flow: Flow, inputs: Inputs, stay: dict[str, str]
+) -> tuple[list[Call], list[Call], list[str]]:
+    """Trace eval mode, then train mode; the calls of each, and notes."""
+    notes: list[str] = []
+    try:
+        seen, ran = record(twin.eval(), flow, inputs, set(stay))
+    except Exception as error:
+        raise InputError(
+            f"example_inputs: the model's forward pass raises with them: {type(error).__name__}: {error}"
+        ) from error
+    calls, flow.calls = flow.calls, []
+    try:
+        train_seen, train_ran = record(twin.train(), flow, inputs, set(stay))
+        seen, ran = seen | train_seen, ran | train_ran
+    except Exception as error:
+        notes.append(
+            f"only eval mode was traced: in train mode the forward pass raises {type(error).__name__}: {error}"
+        )
+    freeze_unreached(flow, seen)
+    for pattern in sorted(set(stay.values())):
+        if not any(name in ran for name, given in stay.items() if given == pattern):
+            raise InputError(
+                f"ignore: {pattern!r} matches only modules that the forward pass never calls; name their layers"
+            )
+    return calls, flow.calls, notes
+
+
+def _macs(call: Call, parameters: dict[str, Any]) -> int:
+    return call.macs_per_weight * (parameters[call.weight].numel() if call.weight else 1)
+
+
+def _without(groups: Groups, bad: dict[str, str]) -> None:
+    """Move the groups that failed their proof to what is frozen."""
+    kept: list[ChannelGroup] = [group for group in groups if group.name not in bad]
+    failed = [Frozen(group.name, group.size, bad[group.name]) for group in groups if group.name in bad]
+    groups.groups = tuple(kept)
+    groups.frozen = (*groups.frozen, *failed)
+
+
+def _summary(frozen: Sequence[Frozen]) -> str:
+    sizes: dict[str, int] = {}
+    for entry in frozen:
+        sizes[entry.reason] = sizes.get(entry.reason, 0) + entry.size
+    main = sorted(sizes.items(), key=lambda item: -item[1])[:5]
+    if not main:
+        return "No layer writes channels that another layer reads."
+    return "Channels that stay: " + "; ".join(f"{size} ({reason})" for reason, size in main)
