@@ -20,6 +20,9 @@ MIN_SAMPLE_S = {"cpu": 2e-3, "cuda": 1e-3}
 
 MAX_CALLS = 512
 
+LONG_S = 5.0
+"""A call this long is timed once: the one after the check is the sample."""
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -36,7 +39,7 @@ class Checked:
     Attributes:
         provider: may be timed.
         error: worst error as a share of what is allowed.
-        seconds: one call.
+        seconds: one call after the check, so that nothing is compiled or allocated for the first time in it.
         peak_bytes: memory above what there was before the call; ``None`` on a CPU.
     """
 
@@ -93,24 +96,21 @@ def check(race: Race, provider: Provider, options: Options) -> Checked:
     Raises:
         WrongResultError: it is further off than allowed anywhere, or not a number.
     """
-    worst, seconds = 0.0, math.inf
+    worst = 0.0
     for index, inputs in enumerate(race.inputs):
         with provider.context():
-            seconds, result = _call(provider, inputs, options)
+            result = provider.run(inputs)
         error = provider.check(result, index)
         if not error <= 1.0:
             raise WrongResultError(f"{provider.name} on {race.key}: the error is {error:.3g} times what is allowed")
         worst = max(worst, error)
         del result
-    peak = None
-    if seconds < 1.0:
-        if options.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        with provider.context():
-            seconds, _ = _call(provider, race.inputs[0], options)
-        if options.cuda:
-            peak = torch.cuda.max_memory_allocated() - before
+    if options.cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with provider.context():
+        seconds = _one_call(provider, race.inputs[0], options)
+    peak = torch.cuda.max_memory_allocated() - before if options.cuda else None
     return Checked(provider, worst, seconds, peak)
 
 
@@ -134,14 +134,14 @@ def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Option
             samplers.append((one, _sampler(race, one, timer, options)))
         except Exception as error:
             failed.append(f"{one.provider.name} ({timer}): {_short(error)}")
-    samples: list[list[float]] = [[] for _ in samplers]
+    samples = [[one.seconds * 1e6] if one.seconds >= LONG_S else [] for one, _ in samplers]
     counts = [_rounds(race, one, len(samplers), options) for one, _ in samplers]
     most = max(counts, default=0)
     with _no_garbage_collection():
         for turn in range(most):
             for index, (one, sample) in enumerate(samplers):
                 # Those with fewer turns take them spread over all rounds.
-                if turn and turn * counts[index] // most == (turn - 1) * counts[index] // most:
+                if turn * counts[index] // most == (turn - 1) * counts[index] // most:
                     continue
                 with one.provider.context():
                     samples[index].append(sample())
@@ -149,9 +149,11 @@ def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Option
 
 
 def _rounds(race: Race, one: Checked, providers: int, options: Options) -> int:
-    """Turns of one provider in its share of the time; five at least, fewer where a call takes seconds."""
+    """Turns of one provider in its share of the time; five at least, three where a call takes seconds."""
+    if one.seconds >= LONG_S:
+        return 0
     sample = max(one.seconds, MIN_SAMPLE_S[options.device])
-    least = 5 if sample < 1.0 else 3 if sample < 5.0 else 1
+    least = 5 if sample < 1.0 else 3
     if options.quick:
         least = min(least, 3)
     seconds = options.seconds if race.seconds is None else race.seconds
@@ -211,17 +213,17 @@ def _between_events(run: Callable[[], Any], calls: int) -> float:
         run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e3
+    return float(start.elapsed_time(end)) * 1e3
 
 
-def _call(provider: Provider, inputs: Any, options: Options) -> tuple[float, Any]:
+def _one_call(provider: Provider, inputs: Any, options: Options) -> float:
     if options.cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    result = provider.run(inputs)
+    provider.run(inputs)
     if options.cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    return time.perf_counter() - start
 
 
 @contextmanager
@@ -280,7 +282,7 @@ def interval(ours: Sequence[float], peer: Sequence[float], draws: int = 1000) ->
     first = torch.randint(len(a), (draws, len(a)), generator=generator)
     second = first if len(a) == len(b) else torch.randint(len(b), (draws, len(b)), generator=generator)
     ratios = b[second].quantile(0.5, dim=1) / a[first].quantile(0.5, dim=1)
-    return [round(float(ratios.quantile(share)), 4) for share in (0.025, 0.975)]
+    return [_digits(float(ratios.quantile(share))) for share in (0.025, 0.975)]
 
 
 def make_row(
@@ -290,30 +292,35 @@ def make_row(
     provider, median = timing.checked.provider, timing.median
     moved = race.bytes if provider.bytes is None else provider.bytes
     peers = [other for other in timings if provider.ours and not other.checked.provider.ours]
-    ratios = {other.checked.provider.name: round(other.median / median, 4) for other in peers}
+    ratios = {other.checked.provider.name: _digits(other.median / median) for other in peers}
     return {
         **asdict(race.key),
         "provider": provider.name,
-        "median_us": round(median, 3),
-        "p20_us": round(percentile(timing.samples, 0.2), 3),
-        "p80_us": round(percentile(timing.samples, 0.8), 3),
+        "median_us": _digits(median),
+        "p20_us": _digits(percentile(timing.samples, 0.2)),
+        "p80_us": _digits(percentile(timing.samples, 0.8)),
         "bytes": moved,
         "flops": race.flops,
-        "gb_per_s": round(moved / median * 1e-3, 2) if moved else None,
-        "ceiling_gb_per_s": round(ceilings.gb_per_s, 2),
-        "ceiling_tflops": round(ceilings.tflops, 3),
+        "gb_per_s": _digits(moved / median * 1e-3) if moved else None,
+        "ceiling_gb_per_s": _digits(ceilings.gb_per_s),
+        "ceiling_tflops": _digits(ceilings.tflops),
         "ratio": ratios.get(race.peer or ""),
         "peer": race.peer if race.peer in ratios else None,
         "ratios": ratios,
         "intervals": {other.checked.provider.name: interval(timing.samples, other.samples) for other in peers},
         "timer": timing.timer,
         "rounds": len(timing.samples),
-        "error": float(f"{timing.checked.error:.3g}"),
+        "error": _digits(timing.checked.error),
         "peak_bytes": timing.checked.peak_bytes,
         "note": provider.note,
         "quick": options.quick,
         **record,
     }
+
+
+def _digits(value: float) -> float:
+    """Six of them: more than any clock has."""
+    return float(f"{value:.6g}")
 
 
 def _short(error: Exception) -> str:

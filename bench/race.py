@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+ALLOWED = {"float32": 8 * 2.0**-23, "float16": 2 * 2.0**-10, "bfloat16": 2 * 2.0**-7}
+"""How far a sum may be off, as a share of the sum of the absolute values of its terms, by the dtype it was computed in.
+
+float32: the package's own bound, whatever the dtype of the inputs, as a product of two 16-bit floats is exact there.
+A peer that works in 16 bits rounds every product and two sums: three halves of its machine epsilon.
+"""
 
 
 class WrongResultError(RuntimeError):
@@ -123,12 +128,14 @@ class Entry:
         build: makes the race.
         providers: names of all who are invited, whether they can come or not.
         priority: lower runs first; when a time limit cuts a run short, the rest is left out.
+        seconds: what it is expected to take, so that none is begun which the time limit would cut.
     """
 
     key: Key
     build: Callable[[Key], Race]
     providers: Sequence[str]
     priority: int
+    seconds: float = 5.0
 
 
 def worst_share(actual: Tensor, expected: Tensor, allowed: Tensor) -> float:
@@ -149,4 +156,4 @@ def worst_share(actual: Tensor, expected: Tensor, allowed: Tensor) -> float:
 
 def of_square(expected: Tensor, allowed: Tensor) -> Tensor:
     """How far the float32 square of a sum may be off when the sum itself may be off by ``allowed``."""
-    return (2 * expected.abs() + allowed) * allowed + EPS["float32"] * expected.square()
+    return (2 * expected.abs() + allowed) * allowed + 2.0**-23 * expected.square()

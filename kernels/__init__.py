@@ -1,4 +1,4 @@
-"""Triton kernels, one file an op, each with the op's own signature. Importing this package imports neither torch nor triton."""
+"""Triton kernels, one file an op, each with the op's own signature. Importing this imports neither torch nor triton."""
 
 from __future__ import annotations
 

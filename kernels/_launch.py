@@ -1,4 +1,4 @@
-"""How a sum over two tensors [N, C, ...] is cut into programs, from shapes, strides, type and alignment alone. No Triton here."""
+"""How a sum over two tensors [N, C, ...] is cut into programs: from shapes, strides and type alone. No Triton here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Loop(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """Activation and gradient as samples x channels x summed elements; the summed ones are ``inner`` within ``outer``."""
+    """Activation and gradient as samples x channels x summed elements, which are ``inner`` within ``outer``."""
 
     activation: Tensor
     gradient: Tensor
@@ -54,12 +54,13 @@ class Tiling:
     """The programs: ``splits`` of the summed elements, each of ``trips`` blocks of ``block_length``."""
 
     unit: int  # sizes and strides are multiples of it, and so many elements are at most 16 bytes
-    contiguous: bool  # neighbours of a tile lie side by side
+    contiguous: bool  # neighbours in a tile lie side by side
     block_length: int
     block_across: int  # channels, or rows of (sample, channel)
     trips: int
     splits: int
     programs: int
+    warps: int
 
 
 def merged(loops: list[Loop]) -> list[Loop]:
@@ -91,11 +92,11 @@ def make_pair(activation: Tensor, gradient: Tensor, fold: bool) -> Pair:
 
 
 def make_tiling(pair: Pair) -> Tiling:
-    """Block sizes, trips and splits of a pair. The work of a program is bounded below, so that partial sums stay few."""
-    neighbours, sizes = (pair.channel, (pair.channel.size,)) if pair.columns else (pair.inner, (pair.inner.size,))
-    contiguous = neighbours.a == neighbours.g == 1
+    """Block sizes, trips and splits of a pair: many programs for small tensors, few partial sums for large ones."""
+    neighbours = pair.channel if pair.columns else pair.inner
     others = [pair.sample, pair.outer, pair.inner if pair.columns else pair.channel]
-    unit = _unit(pair, others, sizes) if contiguous else 1
+    contiguous = neighbours.a == neighbours.g == 1 and (pair.columns or pair.outer.size == 1)
+    unit = _unit(pair.activation.element_size(), neighbours.size, others) if contiguous else 1
     if pair.columns:
         block_length = min(_power_of_two(pair.length), TILE // min(_power_of_two(pair.channel.size), 64))
         block_across = min(_power_of_two(pair.channel.size), TILE // block_length, 1024)
@@ -105,10 +106,11 @@ def make_tiling(pair: Pair) -> Tiling:
         block_across = min(TILE // block_length, 32)
         across = math.ceil(pair.sample.size * pair.channel.size / block_across)
     blocks = math.ceil(pair.length / block_length)
-    wanted = max(1, min(MOST_TRIPS, blocks * across // TARGET_PROGRAMS, blocks))
-    trips = _power_of_two(wanted) if wanted == 1 else _power_of_two(wanted + 1) // 2
+    wanted = max(1, min(MOST_TRIPS, blocks * across // TARGET_PROGRAMS))
+    trips = 1 << (wanted.bit_length() - 1)  # a power of two: each number of trips is a binary of its own
     splits = math.ceil(blocks / trips)
-    return Tiling(unit, contiguous, block_length, block_across, trips, splits, across * splits)
+    warps = 4 if unit * pair.activation.element_size() >= 8 else 8  # each narrow load needs registers for an address
+    return Tiling(unit, contiguous, block_length, block_across, trips, splits, across * splits, warps)
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -125,8 +127,9 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length() if number > 1 else 1
 
 
-def _unit(pair: Pair, others: list[Loop], sizes: tuple[int, ...]) -> int:
-    unit = 16 // pair.activation.element_size()
-    for number in (*sizes, *(stride for loop in others if loop.size > 1 for stride in (loop.a, loop.g))):
-        unit = math.gcd(unit, number)
+def _unit(element_size: int, size: int, others: list[Loop]) -> int:
+    unit = math.gcd(16 // element_size, size)
+    for loop in others:
+        if loop.size > 1:
+            unit = math.gcd(unit, loop.a, loop.g)
     return unit

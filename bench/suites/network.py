@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import BLOCKS, ActivationCase, resnet_gates
-from bench.race import EPS, Entry, Key, Options, Provider, Race, of_square, worst_share
+from bench.race import ALLOWED, Entry, Key, Options, Provider, Race, of_square, worst_share
 from bench.suites.graph import torch_pruning_groups
 from bench.suites.networks import images, make, with_gradients
 from bench.suites.peers import installed, our_names, ours, using
-from bench.suites.scoring import SLACK, Exact, exact
+from bench.suites.scoring import Exact, exact
 from taylor_cuda import ops
 from taylor_cuda.graph import trace
 from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
@@ -72,9 +72,9 @@ def truth(groups: Groups, model: nn.Module, criterion: str) -> tuple[Tensor, Ten
     gradients = gradients_of(model, torch.float64)
     expected = by_layer(groups, tensors, gradients, criterion)
     if criterion != "taylor_fo":
-        return expected, SLACK * EPS["float32"] * expected
+        return expected, ALLOWED["float32"] * expected
     magnitude = unit_sums(groups, lambda name: (tensors[name] * gradients[name]).abs(), criterion)
-    return expected, of_square(expected.sqrt(), SLACK * EPS["float32"] * magnitude)
+    return expected, of_square(expected.sqrt(), ALLOWED["float32"] * magnitude)
 
 
 def gradients_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -178,21 +178,21 @@ def with_activations(network: str, batch: int, options: Options) -> list[Provide
         gate = torch.ones(1, case.shape[1], 1, 1, dtype=dtype, device=options.device, requires_grad=True)
         sites.append((activation.requires_grad_(), gradient, gate))
 
-    def check(op: str, eps: float) -> Callable[[list[Tensor], int], float]:
+    def check(op: str, dtype: str) -> Callable[[list[Tensor], int], float]:
         def worst(result: list[Tensor], _index: int) -> float:
-            return max(worst_share(one, *this.of(op, eps)) for one, this in zip(result, exacts, strict=True))
+            return max(worst_share(one, *this.of(op, dtype)) for one, this in zip(result, exacts, strict=True))
 
         return worst
 
     note = f"{len(sites)} gates, batch {batch}, {cases[0].dtype_name}, {layout}"
-    low, moved = EPS[cases[0].dtype_name], sum(case.bytes("channel_importance") for case in cases)
+    low, moved = cases[0].dtype_name, sum(case.bytes("channel_importance") for case in cases)
     batch_sums, example_sums = "channel_importance", "channel_importance:sample"
 
-    def provider(name: str, run: Callable[[list[Site]], list[Tensor]], op: str, eps: float) -> Provider:
-        return Provider(name, lambda _: run(sites), check(op, eps), note, bytes=moved)
+    def provider(name: str, run: Callable[[list[Site]], list[Tensor]], op: str, dtype: str) -> Provider:
+        return Provider(name, lambda _: run(sites), check(op, dtype), note, bytes=moved)
 
     return [
-        provider("ours:activations", fused, batch_sums, EPS["float32"]),
+        provider("ours:activations", fused, batch_sums, "float32"),
         provider("nvlabs-style", gate_parameters, batch_sums, low),
         provider("hooks", hooks, example_sums, low),
     ]

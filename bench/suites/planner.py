@@ -38,7 +38,7 @@ def build(key: Key, size: int) -> Race:
         macs = counter.get_total_flops() // 2
         if macs != result.cost.macs:
             return float("inf")
-        return macs / (BUDGET["macs"] * groups.original_macs / groups.batch_size)
+        return float(macs / (BUDGET["macs"] * groups.original_macs / groups.batch_size))
 
     units = sum(groups.sizes().values())
     ours = Provider(

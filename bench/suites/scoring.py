@@ -11,13 +11,10 @@ from torch import Tensor
 
 from bench.cases import ActivationCase, flat_in_memory, input_sets, resnet_gates
 from bench.environment import cache_bytes
-from bench.race import EPS, Entry, Key, Options, Provider, Race, of_square, worst_share
+from bench.race import ALLOWED, Entry, Key, Options, Provider, Race, of_square, worst_share
 from bench.suites.peers import compiled, our_names, ours, using
 from taylor_cuda import ops
 from taylor_cuda.ops import reference
-
-SLACK = 8
-"""Allowed: this many times the machine epsilon of the arithmetic, times Σ|a·g|."""
 
 REDUCTIONS = ("batch", "sample", "abs", "element")
 Inputs = tuple[Tensor, Tensor]
@@ -32,9 +29,9 @@ class Exact:
     squares: Tensor
     length: int
 
-    def of(self, op: str, eps: float) -> tuple[Tensor, Tensor]:
-        """The expected result of ``op``, and how far off arithmetic with this epsilon may be."""
-        allowed = SLACK * eps * self.magnitudes
+    def of(self, op: str, dtype: str) -> tuple[Tensor, Tensor]:
+        """The expected result of ``op``, and how far off it may be when computed in ``dtype``."""
+        allowed = ALLOWED[dtype] * self.magnitudes
         if op == "channel_sums":
             return self.sums, allowed
         reduction = op.partition(":")[2] or "batch"
@@ -45,7 +42,7 @@ class Exact:
             return self.sums.square().sum(0), of_square(self.sums, allowed).sum(0)
         if reduction == "abs":
             return (self.sums / self.length).abs().mean(0), (allowed / self.length).mean(0)
-        return self.squares, SLACK * eps * self.squares
+        return self.squares, ALLOWED[dtype] * self.squares
 
 
 def exact(inputs: Inputs) -> Exact:
@@ -87,16 +84,16 @@ def our_op(op: str) -> Callable[[Inputs], Tensor]:
 
 def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool, rounds: int) -> Race:
     """The race for one op on one case."""
-    op, low = key.op, EPS[key.dtype]
+    op = key.op
     count = input_sets(case.bytes(op), cache_bytes(options.device), least=1 if options.quick else 2)
     inputs = [case.inputs(options.device, seed) for seed in range(count)]
     truth = [exact(pair) for pair in inputs]
 
-    def check(eps: float) -> Callable[[Tensor, int], float]:
-        return lambda result, index: worst_share(result, *truth[index].of(op, eps))
+    def check(dtype: str) -> Callable[[Tensor, int], float]:
+        return lambda result, index: worst_share(result, *truth[index].of(op, dtype))
 
     def check_dot(result: Tensor, index: int) -> float:
-        return worst_share(result, truth[index].sums.sum(), SLACK * low * truth[index].magnitudes.sum())
+        return worst_share(result, truth[index].sums.sum(), ALLOWED[key.dtype] * truth[index].magnitudes.sum())
 
     line = torch_line(op)
     providers, skipped = [], []
@@ -104,14 +101,14 @@ def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool
         if backend is None:
             skipped.append((name, "not built here"))
         else:
-            providers.append(Provider(name, our_op(op), check(EPS["float32"]), context=using(backend)))
-    providers.append(Provider("torch", lambda pair: line(*pair), check(low)))
+            providers.append(Provider(name, our_op(op), check("float32"), context=using(backend)))
+    providers.append(Provider("torch", lambda pair: line(*pair), check(key.dtype)))
     if compile_too:
         fast = compiled(line, *inputs[0])
         if isinstance(fast, str):
             skipped.append(("torch.compile", fast))
         else:
-            providers.append(Provider("torch.compile", lambda pair: fast(*pair), check(low)))
+            providers.append(Provider("torch.compile", lambda pair: fast(*pair), check(key.dtype)))
     # A dot product reads the same numbers once and keeps one: nothing that reads both tensors can be much faster.
     flat = {id(pair): (flat_in_memory(pair[0]), flat_in_memory(pair[1])) for pair in inputs}
     note = "one sum over all channels: a ceiling"

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from bench.cases import input_sets, parameter_bytes, resnet_parameters
 from bench.environment import cache_bytes
-from bench.race import EPS, Entry, Key, Options, Provider, Race, worst_share
+from bench.race import ALLOWED, Entry, Key, Options, Provider, Race, worst_share
 from bench.suites.peers import our_names, ours, using
-from bench.suites.scoring import SLACK
 from taylor_cuda import ops
 from taylor_cuda.ops import reference
 
@@ -161,7 +160,7 @@ def _exact(parameters: ParameterSet) -> tuple[Tensor, Tensor]:
     gradients = [gradient.double() for gradient in parameters.gradients]
     expected = torch.cat(reference.weight_importance(weights, gradients, parameters.dims, "sum"))
     magnitude = torch.cat(reference.weight_importance(weights, gradients, parameters.dims, "abs"))
-    return expected, SLACK * EPS["float32"] * magnitude
+    return expected, ALLOWED["float32"] * magnitude
 
 
 def entries(options: Options) -> list[Entry]:

@@ -1,4 +1,5 @@
-// Computes     with t[n, c] = sum_l a[n, c, l] * g[n, c, l]:  "batch" (sum_n t)^2   "sample" sum_n t^2   "abs" mean_n |t / L|
+// Computes     with t[n, c] = sum_l a[n, c, l] * g[n, c, l]:  "batch" (sum_n t)^2   "sample" sum_n t^2   "abs" mean_n
+// |t / L|
 //              "element" sum_{n,l} (a*g)^2                               see ops/reference.py
 // Shapes       a, g [N, C, *spatial], L = product of spatial; out [C]
 // Strides      any; 16-byte loads for aligned channels_last, [N, L, C] and NCHW of any L, element by element otherwise
@@ -18,7 +19,8 @@ template <typename T>
 void run(const Pair& pair, Reduction reduction, const Tensor& out, cudaStream_t stream) {
   using Acc = Accumulator<T>;
   const int64_t channels = pair.activation.size(1), per_channel = pair.activation.numel() / channels;
-  const bool single = per_channel == pair.activation.size(0);  // one element per (n, c): its sum needs no place of its own
+  const bool single =
+      per_channel == pair.activation.size(0);  // one element per (n, c): its sum needs no place of its own
   const bool linear = reduction == Reduction::kBatch || reduction == Reduction::kElement;
   const ChannelPlan p = plan_of(pair, single || linear);
   Term term = reduction == Reduction::kElement ? Term::kSquare : Term::kProduct;

@@ -1,12 +1,13 @@
 // Which thread of a channel sum reads which elements. Plain arithmetic, the same on the host and on the device.
 //
-// A sum over two tensors [N, C, ...] is cut as t[n, s, c]: samples n, splits s of the summed elements, channels c. Three paths:
-//   columns  the channels lie side by side (channels_last, [N, L, C], [N, C]): a thread holds `vector` channels and walks down rows
-//   rows     the summed elements of one (n, c) lie side by side (NCHW, [N, C, L]): a warp walks along
+// A sum over two tensors [N, C, ...] is cut as t[n, s, c]: samples n, splits s of the summed elements, channels c.
+// Three paths:
+//   columns  the channels lie side by side (channels_last, [N, L, C], [N, C]): a thread holds `vector` channels and
+//   walks down rows rows     the summed elements of one (n, c) lie side by side (NCHW, [N, C, L]): a warp walks along
 //   packed   as rows, but short and end to end (7x7 of 16 bits is 98 bytes, so most rows start off a 16-byte border):
 //            a block reads a run of whole rows from an aligned start and sorts the products into rows in shared memory
-// Any other strides take columns or rows, element by element. Everything follows from shapes, strides, types and alignment, never
-// from the device: two runs are bit-equal, on any two GPUs.
+// Any other strides take columns or rows, element by element. Everything follows from shapes, strides, types and
+// alignment, never from the device: two runs are bit-equal, on any two GPUs.
 
 #pragma once
 
@@ -71,7 +72,8 @@ TAYLOR_HD Offsets row_start(const ChannelPlan& p, int64_t n, int64_t c) {
   return {n * p.sample.stride_a + c * p.channel.stride_a, n * p.sample.stride_g + c * p.channel.stride_g};
 }
 
-// The share of one thread or warp: elements first, first + step, ... below end, of channel c (and vector - 1 more) of sample n.
+// The share of one thread or warp: elements first, first + step, ... below end, of channel c (and vector - 1 more) of
+// sample n.
 struct ChannelTask {
   int64_t n;
   int64_t s;
@@ -128,7 +130,8 @@ TAYLOR_HD PackedTask packed_task(const ChannelPlan& p, uint32_t block) {
   return {first, static_cast<int32_t>(rows), static_cast<int32_t>(rows * p.length)};
 }
 
-// How the 32 rows of threads of a finishing block share samples and splits: `split_threads` of them add up the splits of a sample.
+// How the 32 rows of threads of a finishing block share samples and splits: `split_threads` of them add up the splits
+// of a sample.
 TAYLOR_HD int finish_split_threads(int64_t samples, int64_t splits) {
   const int64_t spare = kWarp / lesser<int64_t>(kWarp, power_of_two(samples));
   return static_cast<int>(lesser(spare, power_of_two(splits)));
@@ -168,11 +171,13 @@ inline void plan_columns(ChannelPlan& p, const Operands& o) {
   const int64_t rows = std::min(kThreads / columns, power_of_two(ceil_div<int64_t>(p.length, kUnroll)));
   p.channel_bits = bits_of(columns);
   p.row_bits = bits_of(rows);
-  const int64_t tiles = ceil_div(p.channel.size, columns * p.vector), groups = ceil_div(p.samples, kThreads / (columns * rows));
+  const int64_t tiles = ceil_div(p.channel.size, columns * p.vector),
+                groups = ceil_div(p.samples, kThreads / (columns * rows));
   p.tiles = static_cast<int32_t>(tiles);
-  p.per_split = ceil_div(p.length * tiles * groups, kTargetBlocks);
+  const int64_t unsplit = tiles * groups;  // half the target will do: a finish costs a launch, and splits are uneven
+  p.per_split = unsplit >= kTargetBlocks / 2 ? p.length : ceil_div(p.length * unsplit, kTargetBlocks);
   split(p, rows * kUnroll, rows * kMaxChain, rows * kUnroll);
-  p.blocks = tiles * groups * p.splits;
+  p.blocks = unsplit * p.splits;
 }
 
 inline bool rows_end_to_end(const ChannelPlan& p) {
@@ -203,14 +208,14 @@ inline void plan_rows(ChannelPlan& p, const Operands& o) {
   p.vector = static_cast<int32_t>(vectors ? wide : 1);
   const int64_t rows = p.samples * p.channel.size, unit = kWarp * wide;
   p.per_split = ceil_div(p.length * rows, 2 * kTargetBlocks * kThreads / kWarp);
-  split(p, 2 * unit, kWarp * 128, unit);
+  split(p, 2 * unit, kWarp * kMaxChain, unit);
   p.blocks = ceil_div<int64_t>(rows * p.splits, kThreads / kWarp);
 }
 
 }  // namespace planning
 
-// The plan of a sum over two tensors seen as `walk`. With `fold` samples need not be kept apart and are summed too, where that
-// leaves one stride. walk.rest holds at most kMaxLoops loops; no size is 0.
+// The plan of a sum over two tensors seen as `walk`. With `fold` samples need not be kept apart and are summed too,
+// where that leaves one stride. walk.rest holds at most kMaxLoops loops; no size is 0.
 inline ChannelPlan plan_channels(const Walk& walk, const planning::Operands& operands, bool fold) {
   std::vector<Loop> rest = walk.rest;
   ChannelPlan p;

@@ -12,14 +12,14 @@
 
 namespace taylor {
 
-template void launch_channel_sums<float, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term, const Sink<float>&,
-                                                cudaStream_t);
-template void launch_channel_sums<Half, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term, const Sink<float>&,
-                                               cudaStream_t);
-template void launch_channel_sums<BFloat16, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term, const Sink<float>&,
-                                                   cudaStream_t);
-template void launch_channel_sums<double, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term, const Sink<double>&,
-                                                 cudaStream_t);
+template void launch_channel_sums<float, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
+                                                const Sink<float>&, cudaStream_t);
+template void launch_channel_sums<Half, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
+                                               const Sink<float>&, cudaStream_t);
+template void launch_channel_sums<BFloat16, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
+                                                   const Sink<float>&, cudaStream_t);
+template void launch_channel_sums<double, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
+                                                 const Sink<double>&, cudaStream_t);
 
 namespace {
 
@@ -29,7 +29,8 @@ void run(const Pair& pair, const Tensor& out, cudaStream_t stream) {
   const ChannelPlan p = plan_of(pair, false);
   const int64_t channels = pair.activation.size(1);
   const Sink<Acc> result{static_cast<Acc*>(out.mutable_data_ptr()), channels, 0, 1, false};
-  if (p.splits == 1) return launch_channel_sums<T, false>(pair.activation, pair.gradient, p, Term::kProduct, result, stream);
+  if (p.splits == 1)
+    return launch_channel_sums<T, false>(pair.activation, pair.gradient, p, Term::kProduct, result, stream);
   const Tensor partial = torch::stable::new_empty(out, {p.samples, p.splits, channels});
   launch_channel_sums<T, false>(pair.activation, pair.gradient, p, Term::kProduct, partial_sink<Acc>(partial), stream);
   launch_finish_samples(static_cast<const Acc*>(partial.const_data_ptr()), finish_of<Acc>(p), result, stream);
@@ -51,4 +52,6 @@ Tensor channel_sums_cuda(const Tensor& activation, const Tensor& gradient) {
 }  // namespace
 }  // namespace taylor
 
-STABLE_TORCH_LIBRARY_IMPL(taylor_cuda_native, CUDA, m) { m.impl("channel_sums", TORCH_BOX(&taylor::channel_sums_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(taylor_cuda_native, CUDA, m) {
+  m.impl("channel_sums", TORCH_BOX(&taylor::channel_sums_cuda));
+}

@@ -1,5 +1,5 @@
-// t[n, s, c] = the sum over a split of a·g, (a·g)² or |a·g|: the kernels behind every channel op. What each thread reads is in
-// channel_plan.h. Each number is summed by one thread, warp or block in a fixed order: no atomics.
+// t[n, s, c] = the sum over a split of a·g, (a·g)² or |a·g|: the kernels behind every channel op. What each thread
+// reads is in channel_plan.h. Each number is summed by one thread, warp or block in a fixed order: no atomics.
 
 #pragma once
 
@@ -44,8 +44,8 @@ __device__ __forceinline__ void sum_rows_of_threads(Acc (&sum)[kVector], const C
 
 template <typename T, int kVector, bool kLinear, bool kNonlinear>
 __global__ void __launch_bounds__(kThreads, kLinear || kVector == 1 ? 3 : 2)
-    column_sums_kernel(const T* __restrict__ a, const T* __restrict__ g, const __grid_constant__ ChannelPlan p, Term term,
-                       Sink<Accumulator<T>> sink) {
+    column_sums_kernel(const T* __restrict__ a, const T* __restrict__ g, const __grid_constant__ ChannelPlan p,
+                       Term term, Sink<Accumulator<T>> sink) {
   using Acc = Accumulator<T>;
   const ChannelTask t = column_task(p, blockIdx.x, threadIdx.x);
   Acc sum[kVector] = {};
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kThreads, kLinear || kVector == 1 ? 3 : 2)
   }
 }
 
-// The part of a row that one lane sums with wide loads: single elements up to the first 16-byte border and after the last one.
+// The part of a row that one lane sums with wide loads: single elements up to the first 16-byte border and after the
+// last one.
 template <typename T, int kVector, bool kNonlinear>
 __device__ __forceinline__ Accumulator<T> sum_run(const T* a, const T* g, int64_t length, Term term) {
   using Acc = Accumulator<T>;
@@ -157,13 +158,14 @@ __device__ __forceinline__ void store_terms(const T* a, const T* g, int elements
     }
   }
   const int rest = whole + threadIdx.x;
-  if (rest < elements) terms[rest] = add_term<kNonlinear>(Acc(0), static_cast<Acc>(a[rest]), static_cast<Acc>(g[rest]), term);
+  if (rest < elements)
+    terms[rest] = add_term<kNonlinear>(Acc(0), static_cast<Acc>(a[rest]), static_cast<Acc>(g[rest]), term);
 }
 
 template <typename T, int kVector, bool kNonlinear>
 __global__ void __launch_bounds__(kThreads)
-    packed_sums_kernel(const T* __restrict__ a, const T* __restrict__ g, const __grid_constant__ ChannelPlan p, Term term,
-                       Sink<Accumulator<T>> sink) {
+    packed_sums_kernel(const T* __restrict__ a, const T* __restrict__ g, const __grid_constant__ ChannelPlan p,
+                       Term term, Sink<Accumulator<T>> sink) {
   using Acc = Accumulator<T>;
   alignas(16) __shared__ Acc terms[kPackedElements];
   const PackedTask t = packed_task(p, blockIdx.x);

@@ -36,8 +36,8 @@ __device__ __forceinline__ float element_of(uint32_t word, int half, BFloat16) {
   return __uint_as_float(half ? word & 0xffff0000u : word << 16);
 }
 
-// kCount neighbours, loaded 16 bytes at a time. They stay as raw words until they are used: as elements, 16-bit types would take
-// twice the registers.
+// kCount neighbours, loaded 16 bytes at a time. They stay as raw words until they are used: as elements, 16-bit types
+// would take twice the registers.
 template <typename T, int kCount>
 struct Pack {
   static constexpr int kQuads = sizeof(T) * kCount / 16;

@@ -38,8 +38,8 @@ __device__ __forceinline__ Acc sum_shares(Acc sum, Acc (*buffer)[kWarp], int row
   return sum;
 }
 
-// out[c] = total(sum_n post(sum_s t[n, s, c])). A block has 32 channels side by side and 32 rows of threads, which share samples,
-// or with few samples also splits.
+// out[c] = total(sum_n post(sum_s t[n, s, c])). A block has 32 channels side by side and 32 rows of threads, which
+// share samples, or with few samples also splits.
 template <typename Acc>
 __global__ void __launch_bounds__(kWarp* kWarp)
     finish_channels_kernel(const Acc* __restrict__ t, const __grid_constant__ Finish<Acc> f, Sink<Acc> sink) {

@@ -1,10 +1,10 @@
 // Computes     out_i[c] = the sum over w_i[.., c, ..] of  "sum" w*g   "square" (w*g)^2   "abs" |w*g|,  c along dims_i
 //                                                                        see ops/reference.py
 // Shapes       w_i, g_i any; out_i [C_i], C_i = w_i.size(dims_i)
-// Strides      any; 16-byte loads where w and g lie alike without gaps and rows are aligned: contiguous, channels_last, transposed
-// Dtypes       w: fp32 with g fp32, fp16, bf16; fp16 with fp16; bf16 with bf16; fp64 with fp64. Sums and out: fp32 (fp64 for fp64)
-// Bytes        P*(sizeof w + sizeof g) read for P parameters, 4*sum C_i written
-// Launches     1 for up to 640 tensors of one pair of types; 1 more for each further 640, each further pair of types, and, up to 200
+// Strides      any; 16-byte loads where w and g lie alike without gaps and rows are aligned: contiguous, channels_last,
+// transposed Dtypes       w: fp32 with g fp32, fp16, bf16; fp16 with fp16; bf16 with bf16; fp64 with fp64. Sums and
+// out: fp32 (fp64 for fp64) Bytes        P*(sizeof w + sizeof g) read for P parameters, 4*sum C_i written Launches 1
+// for up to 640 tensors of one pair of types; 1 more for each further 640, each further pair of types, and, up to 200
 //              at a time, for those whose weight and gradient lie differently
 // Determinism  yes: no atomics; blocks follow from shapes, strides, types and alignment
 // Error        at most 8 eps32 * (sum of the absolute terms)             (tests/gpu)
@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(kThreads, 3) weights_kernel(const __grid_const
 
 // A warp for each segment.
 template <typename W, typename G>
-__global__ void __launch_bounds__(kThreads) strided_weights_kernel(const __grid_constant__ StridedTable table, Term term) {
+__global__ void __launch_bounds__(kThreads)
+    strided_weights_kernel(const __grid_constant__ StridedTable table, Term term) {
   using Acc = Accumulator<W>;
   const StridedItem& item = table.item[find_item(table, blockIdx.x)];
   const int64_t segment = static_cast<int64_t>(blockIdx.x - item.first_unit) * (kThreads / kWarp) + threadIdx.x / kWarp;
@@ -240,12 +241,13 @@ std::vector<Tensor> weight_importance_cuda(std::vector<Tensor> weights, std::vec
       gradients[i] = torch::stable::contiguous(gradients[i]);
     }
     const int narrow = static_cast<int>(std::min(weights[i].element_size(), gradients[i].element_size()));
-    append(batches[{weights[i].scalar_type(), gradients[i].scalar_type()}], weights[i], gradients[i], dims[i], scores[i],
-           16 / narrow);
+    append(batches[{weights[i].scalar_type(), gradients[i].scalar_type()}], weights[i], gradients[i], dims[i],
+           scores[i], 16 / narrow);
   }
   const cudaStream_t stream = current_stream(device);
   for (const auto& [types, batch] : batches) {
-    for_pair(types.first, types.second, [&](auto w, auto g) { launch_batch<decltype(w), decltype(g)>(batch, term, stream); });
+    for_pair(types.first, types.second,
+             [&](auto w, auto g) { launch_batch<decltype(w), decltype(g)>(batch, term, stream); });
   }
   return scores;
 }
@@ -253,4 +255,6 @@ std::vector<Tensor> weight_importance_cuda(std::vector<Tensor> weights, std::vec
 }  // namespace
 }  // namespace taylor
 
-STABLE_TORCH_LIBRARY_IMPL(taylor_cuda_native, CUDA, m) { m.impl("weight_importance", TORCH_BOX(&taylor::weight_importance_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(taylor_cuda_native, CUDA, m) {
+  m.impl("weight_importance", TORCH_BOX(&taylor::weight_importance_cuda));
+}

@@ -1,10 +1,12 @@
 // The tensors of weight_importance as a table that fits into a kernel's arguments, and which block works on what.
 // Plain arithmetic, the same on the host and on the device.
 //
-// A weight and its gradient that lie alike and without gaps are [outer][segment][inner], whatever the order of their strides: the
-// kept dimension, what lies outside it and what lies inside. Each index of the kept dimension is one sum over outer and inner.
+// A weight and its gradient that lie alike and without gaps are [outer][segment][inner], whatever the order of their
+// strides: the kept dimension, what lies outside it and what lies inside. Each index of the kept dimension is one sum
+// over outer and inner.
 //   outer == 1   a sum is one run (filters, a vector's elements): `lanes` neighbouring threads share a run
-//   outer > 1    (the input side of a layer): a block walks down a slab of `per_unit` neighbouring segments, all rows of it
+//   outer > 1    (the input side of a layer): a block walks down a slab of `per_unit` neighbouring segments, all rows
+//   of it
 // Pairs that lie differently, or have gaps, go into a second table with strides.
 
 #pragma once
@@ -17,7 +19,7 @@
 
 namespace taylor {
 
-constexpr int kTableItems = 640;   // 640 * 48 bytes: a kernel's arguments may take 32,764
+constexpr int kTableItems = 640;  // 640 * 48 bytes: a kernel's arguments may take 32,764
 constexpr int kStridedItems = 200;
 constexpr int kWeightLoops = 4;
 constexpr int64_t kLongRun = 8192;  // a run from this length on is a whole block's
@@ -54,7 +56,8 @@ struct Table {
 
 using WeightTable = Table<WeightItem, kTableItems>;
 using StridedTable = Table<StridedItem, kStridedItems>;
-static_assert(sizeof(WeightTable) + 64 <= 32764 && sizeof(StridedTable) + 64 <= 32764, "the limit of a kernel's arguments");
+static_assert(sizeof(WeightTable) + 64 <= 32764 && sizeof(StridedTable) + 64 <= 32764,
+              "the limit of a kernel's arguments");
 
 // The item that a block works on: the last one whose first unit is not after it.
 template <typename Item, int kCapacity>
@@ -74,7 +77,8 @@ TAYLOR_HD int find_item(const Table<Item, kCapacity>& table, int32_t block) {
 // The threads that share one run: few for short runs, so that a block has many of them.
 TAYLOR_HD int run_lanes(int64_t inner, int vector) {
   if (inner >= kLongRun) return kThreads;
-  return static_cast<int>(lesser<int64_t>(kWarp, power_of_two(ceil_div<int64_t>(inner, vector > 1 ? vector : kUnroll))));
+  return static_cast<int>(
+      lesser<int64_t>(kWarp, power_of_two(ceil_div<int64_t>(inner, vector > 1 ? vector : kUnroll))));
 }
 
 struct WeightUnit {
@@ -152,7 +156,8 @@ inline bool dense_form(const Walk& walk, WeightItem& item) {
   return true;
 }
 
-// Chooses loads and blocks; `wide` elements fill 16-byte loads of both operands. False for a slab that is too broad for a block.
+// Chooses loads and blocks; `wide` elements fill 16-byte loads of both operands. False for a slab that is too broad for
+// a block.
 inline bool divide(WeightItem& item, int wide) {
   const int64_t row = item.outer > 1 ? static_cast<int64_t>(item.segments) * item.inner : item.inner;
   const uintptr_t bases = reinterpret_cast<uintptr_t>(item.weight) | reinterpret_cast<uintptr_t>(item.gradient);
@@ -163,7 +168,8 @@ inline bool divide(WeightItem& item, int wide) {
     return ceil_div<int64_t>(segments * item.inner, item.vector) <= kThreads;
   }
   const int lanes = run_lanes(item.inner, item.vector), at_once = kThreads / lanes;
-  const int64_t passes = std::clamp<int64_t>(kUnitElements / std::max<int64_t>(1, int64_t{at_once} * item.inner), 1, 16);
+  const int64_t passes =
+      std::clamp<int64_t>(kUnitElements / std::max<int64_t>(1, int64_t{at_once} * item.inner), 1, 16);
   item.per_unit = static_cast<int32_t>(lanes == kThreads ? 1 : at_once * passes);
   return true;
 }
@@ -179,17 +185,19 @@ inline StridedItem strided_form(const Walk& walk) {
 inline int64_t units_of(const WeightItem& item) { return ceil_div<int64_t>(item.segments, item.per_unit); }
 inline int64_t units_of(const StridedItem& item) { return ceil_div<int64_t>(item.segment.size, kThreads / kWarp); }
 
-inline int64_t unit_work(const WeightItem& item) { return static_cast<int64_t>(item.outer) * item.per_unit * item.inner; }
+inline int64_t unit_work(const WeightItem& item) {
+  return static_cast<int64_t>(item.outer) * item.per_unit * item.inner;
+}
 inline int64_t unit_work(const StridedItem& item) { return rest_length(item) * (kThreads / kWarp); }
 
 }  // namespace planning
 
-// As many tables as the items need, one launch each. The blocks with most to do come first, so that none of them starts last.
+// As many tables as the items need, one launch each. The blocks with most to do come first, so that none of them starts
+// last.
 template <typename TableOf, typename Item>
 std::vector<TableOf> tables_of(std::vector<Item> items, size_t capacity) {
-  std::stable_sort(items.begin(), items.end(), [](const Item& x, const Item& y) {
-    return planning::unit_work(x) > planning::unit_work(y);
-  });
+  std::stable_sort(items.begin(), items.end(),
+                   [](const Item& x, const Item& y) { return planning::unit_work(x) > planning::unit_work(y); });
   std::vector<TableOf> tables;
   int64_t units = 0;
   for (Item& item : items) {

@@ -68,7 +68,7 @@ def add_parser(commands: Any) -> None:
         "--ignore", action="append", metavar="GLOB", help="modules whose outputs stay; may be repeated"
     )
     pruning.add_argument(
-        "--round-to", metavar="N", help="widths are multiples of N where anything goes (default: auto)"
+        "--round-to", metavar="N", help="widths that shrink are multiples of N (default: 8 on digits, else auto)"
     )
     pruning.add_argument("--min-keep", type=int, metavar="N", help="channels that every group keeps (default: 1)")
     training = parser.add_argument_group("training")
@@ -97,7 +97,7 @@ def add_parser(commands: Any) -> None:
     running.add_argument("--resume", action="store_true", help="go on where this command was interrupted")
     running.add_argument("--steps-limit", type=int, metavar="N", help="at most N minibatches an epoch, for a trial run")
     running.add_argument(
-        "--latency-seconds", type=float, metavar="X", help="time for each latency measurement (default: 5)"
+        "--latency-seconds", type=float, metavar="X", help="time for each measurement of time (default: 5)"
     )
 
 
@@ -120,6 +120,7 @@ def config_from(options: argparse.Namespace) -> RunConfig:
     if data != "digits":
         given.setdefault("epochs", 25)
         given.setdefault("every", 30)
+        given.setdefault("round_to", "auto")
     if given.get("weights") is not None:
         given.setdefault("lr", 1e-3)
     return RunConfig(**given)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from taylor_cuda.graph.groups import Call, Role, named_tensors
 from taylor_cuda.graph.labels import FREE, Array, Bools, Dims, Labels, Reason
 
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 # attributes on tensors of the copy: they live exactly as long as the tensor, and no table has to be kept
 _DIMS = "_taylor_cuda_dims"
@@ -41,14 +41,27 @@ class Source:
 
     name: str
     dims: tuple[int, ...]
+    trainable: bool
+
+    @property
+    def in_order(self) -> bool:
+        """Dimensions as the model has them."""
+        return self.dims == tuple(range(len(self.dims)))
 
 
 @dataclass(frozen=True)
 class Read:
-    """One use of a weight that contracts channels away: ``labels`` are those of its input."""
+    """One use of a weight that contracts channels away.
+
+    Attributes:
+        labels: of its input's channels.
+        place: the dimension of the weight.
+        reason: why they stay if ``sites.py`` can't meet this use.
+    """
 
     labels: Array | None
     place: tuple[str, int]
+    reason: Reason
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ def code_line() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
-        if not path.startswith((_HERE, _TORCH, "<")):
+        if not path.startswith((HERE, TORCH, "<")):
             return f"{os.path.basename(path)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
@@ -80,7 +93,10 @@ class Flow:
         roles: what a place is used as.
         reads: uses of weights that end units.
         affine: the bias of each weight of a normalisation whose output starts at that weight's own nodes.
-        calls: what costs MACs; kept up to date by the caller (one list a forward pass).
+        calls: what costs MACs; the caller takes it after each forward pass.
+        outside: layers whose weight is computed.
+        reached: parameters that ``sites.py`` meets as the weight of a reader.
+        ran: modules to be ignored whose outputs were seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -92,6 +108,8 @@ class Flow:
         self.affine: dict[str, str] = {}
         self.calls: list[Call] = []
         self.outside: list[Outside] = []
+        self.reached: set[str] = set()
+        self.ran: set[str] = set()
         self._dims_of: dict[str, Dims] = {}
         for name, tensor in named_tensors(model).items():
             dims: Dims = []
@@ -100,7 +118,7 @@ class Flow:
                 dims.append(self.labels.new(size))
             self._dims_of[name] = dims
             setattr(tensor, _DIMS, dims)
-            setattr(tensor, _SOURCE, Source(name, tuple(range(tensor.dim()))))
+            setattr(tensor, _SOURCE, Source(name, tuple(range(tensor.dim())), isinstance(tensor, nn.Parameter)))
         # one entry more, so that FREE (-1) stays FREE
         self._plain = np.append(np.arange(self.labels.count, dtype=np.int64), FREE)
         self._is_origin = np.zeros(self.labels.count + 1, dtype=bool)
@@ -131,6 +149,11 @@ class Flow:
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether the values of a tensor follow from its shape (and chance) alone."""
         return bool(getattr(tensor, _CONSTANT, False))
+
+    def parameter(self, tensor: Any) -> Source | None:
+        """The parameter that ``tensor`` is; None for buffers and for what was computed."""
+        source = self.source(tensor)
+        return source if source is not None and source.trainable else None
 
     def source(self, tensor: Any) -> Source | None:
         """The parameter or buffer that ``tensor`` is, values unchanged; None for what was computed."""
@@ -190,15 +213,16 @@ class Flow:
 
     def read(self, labels: Array | None, weight: Tensor, dim: int) -> None:
         """A plain convolution or product contracts ``labels`` away with dimension ``dim`` of ``weight``."""
-        source = self.source(weight)
+        source = self.parameter(weight)
         assert source is not None
         self.role(source, dim, "read")
-        self.reads.append(Read(labels, (source.name, source.dims[dim])))
+        unreached = self.reason("read by a product that is neither a convolution nor a linear layer")
+        self.reads.append(Read(labels, (source.name, source.dims[dim]), unreached))
         self.equal(labels, self.of(weight)[dim], "reads channels that stay")
 
     def call(self, weight: Tensor | None, op: str, macs_per_weight: int) -> None:
         """Note a use of a weight that costs MACs; without a weight, ``macs_per_weight`` is the whole cost."""
-        source = self.source(weight)
+        source = self.parameter(weight)
         name = "" if source is None else source.name
         if weight is not None and source is None:
             macs_per_weight *= weight.numel()
@@ -213,7 +237,7 @@ class Flow:
 
     def start(self, labels: Array | None, weight: Tensor, bias: Tensor) -> Array | None:
         """The output of an affine normalisation: from here on its weight's own nodes, until :meth:`clear`."""
-        scale, shift = self.source(weight), self.source(bias)
+        scale, shift = self.parameter(weight), self.parameter(bias)
         own = self.of(weight)[0]
         if labels is None or own is None or scale is None or shift is None:
             return labels

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
@@ -25,7 +26,7 @@ from taylor_cuda.graph.rules import Op, find_rule, tensors_in
 from taylor_cuda.graph.sites import READER_FUNCTIONS
 
 # dropout leaves every shape and channel as it is, but draws its noise in a different way in every release and device
-_DROPOUT = frozenset(
+DROPOUT = frozenset(
     {
         F.dropout,
         F.dropout1d,
@@ -81,10 +82,10 @@ class Dispatched(TorchDispatchMode):
 class Called(TorchFunctionMode):
     """Above autograd: which weights are readers' (``sites.py`` meets the same calls); leaves dropout out."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, flow: Flow) -> None:
         super().__init__()
+        self._flow = flow
         self._name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.seen: set[str] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -94,8 +95,8 @@ class Called(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             name = self._name_of.get(id(weight))
             if name is not None:
-                self.seen.add(name)
-        elif func in _DROPOUT:
+                self._flow.reached.add(name)
+        elif func in DROPOUT:
             return args[0] if args else kwargs["input"]
         return func(*args, **kwargs)
 
@@ -147,6 +148,14 @@ def copy_model(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Train or eval mode; batch normalisations stay in eval mode, which needs no batch and gives them the same rule."""
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """No gradients, no autocast, no fused attention; afterwards random states are as they were."""
@@ -167,11 +176,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _follow_modules(model: nn.Module, flow: Flow, stay: set[str]) -> tuple[list[RemovableHandle], set[str]]:
-    """Hooks that keep ``flow.module`` and freeze the outputs of modules in ``stay``; and which of those ran."""
+def _follow_modules(model: nn.Module, flow: Flow, stay: set[str]) -> list[RemovableHandle]:
+    """Hooks that keep ``flow.module`` up to date and freeze the outputs of modules in ``stay``."""
     path: list[str] = []
     handles = []
-    ran: set[str] = set()
 
     def watch(name: str, module: nn.Module) -> None:
         def enter(_module: nn.Module, _args: Any) -> None:
@@ -180,7 +188,7 @@ def _follow_modules(model: nn.Module, flow: Flow, stay: set[str]) -> tuple[list[
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             if name in stay:
-                ran.add(name)
+                flow.ran.add(name)
                 flow.freeze_tensors(leaves(output), "ignored")
             if path and path[-1] == name:
                 path.pop()
@@ -191,12 +199,10 @@ def _follow_modules(model: nn.Module, flow: Flow, stay: set[str]) -> tuple[list[
 
     for name, module in model.named_modules():
         watch(name, module)
-    return handles, ran
+    return handles
 
 
-def record(
-    model: nn.Module, flow: Flow, inputs: tuple[tuple[Any, ...], dict[str, Any]], stay: set[str]
-) -> tuple[set[str], set[str]]:
+def record(model: nn.Module, flow: Flow, inputs: tuple[tuple[Any, ...], dict[str, Any]], stay: set[str]) -> None:
     """Run ``model`` once; ``flow`` learns what it does.
 
     Args:
@@ -205,15 +211,12 @@ def record(
         inputs: ``(args, kwargs)``, not changed.
         stay: names of modules whose outputs stay.
 
-    Returns:
-        Names of parameters met as the weight of a reader, and which of ``stay`` ran.
-
     Raises:
         Exception: whatever the forward pass raises.
     """
     args, kwargs = copied(inputs)
-    called = Called(model)
-    handles, ran = _follow_modules(model, flow, stay)
+    called = Called(model, flow)
+    handles = _follow_modules(model, flow, stay)
     try:
         with called, Dispatched(flow):
             output = model(*args, **kwargs)
@@ -224,4 +227,3 @@ def record(
     finally:
         for handle in handles:
             handle.remove()
-    return called.seen, ran

@@ -45,6 +45,11 @@ class Op:
         return self.kwargs.get(name, default)
 
     @property
+    def said(self) -> str:
+        """The op's name for a message."""
+        return self.name.strip("_")
+
+    @property
     def x(self) -> Tensor:
         """The first argument."""
         first: Tensor = self.args[0]

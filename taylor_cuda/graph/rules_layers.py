@@ -11,13 +11,15 @@ from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.labels import Array, Dims
 from taylor_cuda.graph.rules import Op, rule, tensors_in
 
-_COMPUTED = "a layer whose weight is computed, not a parameter of the model"
+_COMPUTED = "a layer whose weight is no plain parameter of the model"
+# a call's MACs are a number times the size of its weight, so nothing else in it may shrink
+_ROWS = "the rows of a product, not what it contracts"
 
 
 def _is_parameter(flow: Flow, weight: Tensor) -> bool:
     """Whether ``weight`` is a parameter of the model with its dimensions in order."""
-    source = flow.source(weight)
-    return source is not None and source.dims == tuple(range(weight.dim()))
+    source = flow.parameter(weight)
+    return source is not None and source.in_order
 
 
 @rule("convolution")
@@ -25,7 +27,7 @@ def convolution(flow: Flow, op: Op) -> None:
     """The input's channels end at the weight's input dimension; the output's are the weight's output dimension."""
     x, weight, bias, _stride, _padding, _dilation, transposed, _output_padding, groups = op.args
     dims = flow.of(x)
-    flow.freeze(dims[2:], "a convolution over channels")
+    flow.freeze([dims[0], *dims[2:]], "a convolution over channels")
     space = x if transposed else op.out
     flow.call(weight, "convolution", space.shape[0] * prod(space.shape[2:]))
     if not _is_parameter(flow, weight):
@@ -41,7 +43,7 @@ def convolution(flow: Flow, op: Op) -> None:
         written = _grouped(flow, dims[1], weight, groups, op.out.shape[1])
     if bias is not None:
         flow.equal(flow.of(bias)[0], written, "the bias of a layer whose outputs stay")
-    flow.put(op.out, [dims[0], written, *[None] * (op.out.dim() - 2)])
+    flow.put(op.out, [None, written, *[None] * (op.out.dim() - 2)])
 
 
 def _grouped(flow: Flow, labels: Array | None, weight: Tensor, groups: int, width: int) -> Array | None:
@@ -64,15 +66,17 @@ def _grouped(flow: Flow, labels: Array | None, weight: Tensor, groups: int, widt
 def _product(flow: Flow, op: Op, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``a [rows, inner] @ b [inner, columns]``, where at most one is a parameter, permuted or not."""
     text = "contracted by a product that is not of a weight"
-    left, right = flow.source(a), flow.source(b)
+    left, right = flow.parameter(a), flow.parameter(b)
     a_dims, b_dims = flow.of(a), flow.of(b)
     dims: Dims = [a_dims[0], b_dims[1]]
     if right is not None and left is None:
         flow.call(b, op.name, a.shape[0])
+        dims[0] = flow.free([dims[0]], _ROWS)[0]
         flow.read(a_dims[1], b, 0)
         flow.role(right, 1, "write")
     elif left is not None and right is None:
         flow.call(a, op.name, b.shape[1])
+        dims[1] = flow.free([dims[1]], _ROWS)[0]
         flow.read(b_dims[0], a, 1)
         flow.role(left, 0, "write")
     else:
@@ -107,6 +111,7 @@ def linear(flow: Flow, op: Op) -> None:
     """A linear layer that the dispatcher left whole."""
     x, weight, bias = op.args[0], op.args[1], op.arg(2, "bias")
     dims = flow.of(x)
+    flow.freeze(dims[:-1], _ROWS)
     flow.call(weight, "linear", prod(x.shape[:-1]))
     if not _is_parameter(flow, weight):
         flow.freeze([dims[-1]], _COMPUTED)
@@ -118,20 +123,16 @@ def linear(flow: Flow, op: Op) -> None:
         written = flow.of(weight)[0]
     if bias is not None:
         flow.equal(flow.of(bias)[0], written, "the bias of a layer whose outputs stay")
-    flow.put(op.out, [*dims[:-1], written])
+    flow.put(op.out, [*[None] * (len(dims) - 1), written])
 
 
 @rule("bmm", "baddbmm")
 def bmm(flow: Flow, op: Op) -> None:
-    """A product of activations: what it contracts stays."""
+    """A product of activations: what takes part in it stays."""
     a, b = op.args[-2:]
-    a_dims, b_dims = flow.of(a), flow.of(b)
     flow.call(None, op.name, prod(a.shape) * b.shape[2])
-    flow.freeze([a_dims[2], b_dims[1]], "contracted by a product of activations")
-    if op.name == "baddbmm":
-        flow.freeze_tensors([op.args[0]], "the bias of a product of activations")
-    batch = flow.join([a_dims[0], b_dims[0]], "a product of activations with channels of one of them only")
-    flow.put(op.out, [flow.clear(labels) for labels in (batch, a_dims[1], b_dims[2])])
+    flow.freeze_tensors(tensors_in(op.args), "a product of activations")
+    flow.put(op.out, [None, None, None])
 
 
 @rule(
@@ -170,7 +171,7 @@ def layer_norm(flow: Flow, op: Op) -> None:
     dims = flow.of(op.x)
     out = op.out[0]
     rest = [flow.clear(labels) for labels in dims[:-1]]
-    affine = weight is not None and bias is not None and flow.source(weight) and flow.source(bias)
+    affine = flow.parameter(weight) is not None and flow.parameter(bias) is not None
     if len(shape) == 1 and affine:
         text = "a normalisation of channels that stay"
         for vector in (weight, bias):
@@ -214,7 +215,7 @@ def embedding(flow: Flow, op: Op) -> None:
     flow.freeze(flow.of(index), "indices of an embedding")
     rows, columns = flow.of(weight)
     flow.freeze([rows], "the rows of an embedding")
-    if flow.source(weight) is None:
+    if flow.parameter(weight) is None:
         columns = flow.free([columns], _COMPUTED)[0]
     else:
         flow.role(flow.source(weight), 1, "write")

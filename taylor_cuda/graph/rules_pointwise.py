@@ -65,13 +65,13 @@ def _broadcast(flow: Flow, op: Op, tensors: list[Tensor], out: Tensor) -> Dims:
             if tensor.shape[at] == size:
                 full.append(labels[at])
             else:
-                flow.freeze([labels[at]], f"{op.name}: a single channel, broadcast")
-        dims.append(flow.join(full, f"{op.name} with a tensor whose channels stay") if full else None)
+                flow.freeze([labels[at]], f"{op.said}: a single channel, broadcast")
+        dims.append(flow.join(full, f"{op.said} with a tensor whose channels stay") if full else None)
     return dims
 
 
 @rule(
-    "add sub rsub maximum minimum where pow fmod remainder atan2 hypot lerp addcmul addcdiv _prelu_kernel copysign",
+    "add sub rsub maximum minimum where pow fmod remainder atan2 hypot lerp addcmul addcdiv _prelu_kernel rrelu_with_noise copysign",
     "eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor masked_fill xlogy",
 )
 def combined(flow: Flow, op: Op) -> None:
@@ -105,7 +105,7 @@ def copy(flow: Flow, op: Op) -> None:
 
 def _reduce(flow: Flow, op: Op, over: list[int], keepdim: bool, linear: bool) -> None:
     dims = flow.of(op.x)
-    flow.freeze([dims[dim] for dim in over], f"{op.name} over channels")
+    flow.freeze([dims[dim] for dim in over], f"{op.said} over channels")
     if not linear:
         dims = [flow.clear(labels) for labels in dims]
     kept: Dims = [None if dim in over else labels for dim, labels in enumerate(dims) if keepdim or dim not in over]
@@ -152,7 +152,7 @@ def along(flow: Flow, op: Op) -> None:
     over = op.dims(position, name, rank) if op.arg(position, name) is not None or default is None else [rank - 1]
     dims = [flow.clear(labels) for labels in flow.of(op.x)]
     for dim in over:
-        dims[dim] = flow.free([dims[dim]], f"{op.name} over channels")[0]
+        dims[dim] = flow.free([dims[dim]], f"{op.said} over channels")[0]
     for out in tensors_in(op.out):
         flow.put(out, dims)
 
@@ -178,7 +178,7 @@ def pool(flow: Flow, op: Op) -> None:
     assert found is not None
     rank = int(found.group(1))
     dims = flow.of(op.x)
-    kept = [*dims[:-rank], *flow.free(dims[-rank:], f"{op.name} over channels")]
+    kept = [*dims[:-rank], *flow.free(dims[-rank:], f"{op.said} over channels")]
     for out in tensors_in(op.out):
         flow.put(out, kept)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import numpy as np
 from torch import Tensor
 
-from taylor_cuda.graph.flow import Flow, Source
+from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.labels import FREE, Array, Dims
 from taylor_cuda.graph.rules import Op, rule, tensors_in
 
@@ -17,7 +18,7 @@ def _permuted(flow: Flow, op: Op, order: list[int]) -> None:
     flow.put(op.out, [dims[dim] for dim in order], flow.is_constant(op.x))
     source = flow.source(op.x)
     if source is not None:
-        flow.put_source(op.out, Source(source.name, tuple(source.dims[dim] for dim in order)))
+        flow.put_source(op.out, replace(source, dims=tuple(source.dims[dim] for dim in order)))
 
 
 @rule("t", "numpy_T")
@@ -98,7 +99,7 @@ def view(flow: Flow, op: Op) -> None:
     out: Tensor = op.out
     dims = flow.of(op.x)
     if out.numel() == 0 or out.numel() != op.x.numel() or out.dtype != op.x.dtype:
-        flow.freeze(dims, f"{op.name} of an empty tensor or to another type")
+        flow.freeze(dims, f"{op.said} of an empty tensor or to another type")
         flow.put(out, [None] * out.dim())
         return
     old, new = list(op.x.shape), list(out.shape)
@@ -119,7 +120,7 @@ def as_strided(flow: Flow, op: Op) -> None:
     if op.out.dim() == len(dims) and op.name.endswith("_") and tuple(op.out.shape) == tuple(op.args[1]):
         flow.put(op.out, dims)
         return
-    flow.freeze(dims, f"no rule for aten.{op.name} to another shape")
+    flow.freeze(dims, f"no rule for aten.{op.said} to another shape")
     flow.put(op.out, [None] * op.out.dim())
 
 

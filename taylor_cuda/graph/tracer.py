@@ -13,7 +13,7 @@ from taylor_cuda.graph.affine import with_affine
 from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.groups import Call, ChannelGroup, Frozen, Groups, call_arguments, named_tensors
 from taylor_cuda.graph.prove import prove as prove_groups
-from taylor_cuda.graph.recorder import copied, copy_model, leaves, record, undisturbed
+from taylor_cuda.graph.recorder import copied, copy_model, leaves, record, set_mode, undisturbed
 from taylor_cuda.graph.units import Units, freeze_unreached
 
 __all__ = ["trace"]
@@ -120,25 +120,23 @@ def _record_both(
     """Trace eval mode, then train mode; the calls of each, and notes."""
     notes: list[str] = []
     try:
-        seen, ran = record(twin.eval(), flow, inputs, set(stay))
+        set_mode(twin, False)
+        record(twin, flow, inputs, set(stay))
     except Exception as error:
         raise InputError(
             f"example_inputs: the model's forward pass raises with them: {type(error).__name__}: {error}"
         ) from error
     calls, flow.calls = flow.calls, []
     try:
-        train_seen, train_ran = record(twin.train(), flow, inputs, set(stay))
-        seen, ran = seen | train_seen, ran | train_ran
+        set_mode(twin, True)
+        record(twin, flow, inputs, set(stay))
     except Exception as error:
-        notes.append(
-            f"only eval mode was traced: in train mode the forward pass raises {type(error).__name__}: {error}"
-        )
-    freeze_unreached(flow, seen)
+        flow.calls = []
+        notes.append(f"in train mode the forward pass raises {type(error).__name__}: {error}; only eval mode is proved")
+    freeze_unreached(flow)
     for pattern in sorted(set(stay.values())):
-        if not any(name in ran for name, given in stay.items() if given == pattern):
-            raise InputError(
-                f"ignore: {pattern!r} matches only modules that the forward pass never calls; name their layers"
-            )
+        if not any(name in flow.ran for name, given in stay.items() if given == pattern):
+            raise InputError(f"ignore: the forward pass calls no module that {pattern!r} matches; name their layers")
     return calls, flow.calls, notes
 
 
@@ -149,7 +147,9 @@ def _macs(call: Call, parameters: dict[str, Any]) -> int:
 def _without(groups: Groups, bad: dict[str, str]) -> None:
     """Move the groups that failed their proof to what is frozen."""
     kept: list[ChannelGroup] = [group for group in groups if group.name not in bad]
-    failed = [Frozen(group.name, group.size, bad[group.name]) for group in groups if group.name in bad]
+    failed = [
+        Frozen(group.name, group.role("write")[0].index.numel(), bad[group.name]) for group in groups if group.name in bad
+    ]
     groups.groups = tuple(kept)
     groups.frozen = (*groups.frozen, *failed)
 

@@ -16,8 +16,6 @@ _LEFT = ("", "no layer reads them", "one unit in all")
 Leftovers = np.ndarray[Any, np.dtype[np.int8]]
 """By root: why a class that nothing froze is no group, an index into ``_LEFT``."""
 
-_UNREACHED = "read by a product that is neither a convolution nor a linear layer"
-
 
 @dataclass(frozen=True)
 class Runs:
@@ -166,8 +164,8 @@ def _counts(values: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
     return list(zip(found.tolist(), counts.tolist(), strict=True))
 
 
-def freeze_unreached(flow: Flow, seen: set[str]) -> None:
+def freeze_unreached(flow: Flow) -> None:
     """Freeze what is read by a parameter that no reader function of ``sites.py`` was called with."""
     for read in flow.reads:
-        if read.place[0] not in seen:
-            flow.freeze([read.labels], _UNREACHED)
+        if read.place[0] not in flow.reached:
+            flow.labels.freeze(read.labels, read.reason)

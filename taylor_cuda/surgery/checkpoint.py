@@ -29,8 +29,8 @@ _FORMAT = 1
 def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
     """Write a model's parameters, persistent buffers and the recipe of its cuts to one safetensors file.
 
-    The file is complete or not there: it is written under another name in the same folder and then renamed. Shared tensors are
-    stored once. No pickle; any safetensors reader can read the weights.
+    The file is complete or not there: it is written under another name in the same folder and then renamed. Shared
+    tensors are stored once. No pickle; any safetensors reader can read the weights.
 
     Args:
         model: the module itself, pruned or not.
@@ -69,15 +69,16 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> nn.Module:
-    """Load a file of ``save`` into a freshly made model: cut it by the file's recipe, without tracing, and copy the weights.
+    """Load a file of ``save`` into a freshly made model: cut it by the file's recipe, without tracing; copy the weights.
 
     ::
 
         model = tc.load(torchvision.models.resnet18(), "small.safetensors")
 
-    The model keeps its device, memory format, ``requires_grad`` and dtype. Values are converted to a dtype that holds them exactly
-    (bf16 in the file to fp32 in the model) and never rounded: for fp32 to bf16 load first and convert after, or convert the model
-    before it is saved. A safetensors file from elsewhere is read too, if names and shapes fit as they are.
+    The model keeps its device, memory format, ``requires_grad`` and dtype. Values are converted to a dtype that holds
+    them exactly (bf16 in the file to fp32 in the model) and never rounded: for fp32 to bf16 load first and convert
+    after, or convert the model before it is saved. A safetensors file from elsewhere is read too, if names and shapes
+    fit as they are.
 
     Args:
         model: ``make_model()`` as the saved one was made, at its original widths.
@@ -134,9 +135,20 @@ def _storable(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     first: dict[Any, str] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type == "meta":
-            kind = f"a {value.layout} tensor on {value.device}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            kind = (
+                f"a {value.layout} tensor on {value.device}"
+                if isinstance(value, Tensor)
+                else f"a {type(value).__name__}"
+            )
             raise InputError(f"model: {name} in its state_dict is {kind}, which a safetensors file can't hold")
-        where = (value.device, value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
+        where = (
+            value.device,
+            value.untyped_storage().data_ptr(),
+            value.storage_offset(),
+            value.shape,
+            value.stride(),
+            value.dtype,
+        )
         known = first.setdefault(where, name) if value.numel() else name
         if known != name:
             aliases[name] = known
@@ -200,7 +212,7 @@ def _parsed_header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, 
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """All tensors of a file by name, shared ones under each of their names, and its header (``None``: not one of ours)."""
+    """All tensors of a file by name, shared ones under each name, and its header (``None``: not one of ours)."""
     with _opened(path) as file:
         header = _parsed_header(path, file.metadata())
         try:

@@ -23,22 +23,27 @@ def cut(
 ) -> Groups:
     """Remove the units that a plan drops from a model, and from everything that goes with it, in place.
 
-    Parameters stay the same objects, so no optimizer, scheduler or reference goes stale. Sliced are parameters, their gradients,
-    buffers, the optimizer's state and EMA copies; layers' sizes follow; dtype, device, ``requires_grad``, memory format and training
-    flags stay. It is a transaction: whatever is raised, ``KeyboardInterrupt`` included, everything is as it was before, bit for bit.
+    Parameters stay the same objects, so no optimizer, scheduler or reference goes stale. Sliced are parameters, their
+    gradients, buffers, the optimizer's state and EMA copies; layers' sizes follow; dtype, device, ``requires_grad``,
+    memory format and training flags stay. It is a transaction: whatever is raised, ``KeyboardInterrupt`` included,
+    everything is as it was before, bit for bit.
 
     What was cut is remembered, in original positions, as ``model.taylor_cuda_recipe``.
 
     Args:
         model: the traced module itself, not a compiled or wrapped one.
         groups: from ``tc.trace`` of this model; updated in place.
-        plan: a ``tc.Plan``, or ``{group name: sorted int64 indices of the units to keep}``; groups that aren't named stay whole.
-        optimizer: the optimizer (or a list of them) that trains the model. Every state tensor of a parameter's shape is sliced with it.
-            Without it, an optimizer made before goes on with state of the wrong shape: make a new one.
-        ema: copies that follow: a module, an object that has one in ``.module`` (``torch.optim.swa_utils.AveragedModel``, timm's
-            ``ModelEmaV3``), a dict of tensors by name, or a list of these.
-        verify: run the example inputs through the masked model before and through the cut model after, and compare at the
-            outputs and at every reader of channels. The greatest relative difference is then in ``groups.verified``.
+        plan: a ``tc.Plan``, or ``{group name: sorted int64 indices of the units to keep}``; groups that aren't named
+            stay whole.
+        optimizer: the optimizer (or a list of them) that trains the model. Every state tensor of a parameter's shape
+            is sliced with it. Without it, an optimizer made before goes on with state of the wrong shape: make a new
+            one.
+        ema: copies that follow: a module, an object that has one in ``.module``
+            (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3``), a dict of tensors by name, or a list of
+            these.
+        verify: run the example inputs through the masked model before and through the cut model after, and compare at
+            the outputs and at every reader of channels. The greatest relative difference is then in
+            ``groups.verified``.
 
     Returns:
         ``groups``, which are now those of the smaller model.

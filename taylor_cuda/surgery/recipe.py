@@ -6,8 +6,9 @@
      "tensors": {"conv1.weight": {"0": {"length": 64, "kept": "0-11,13,20-63"}}},
      "groups": {"conv1": {"size": 64, "kept": "0-11,13,20-63"}}}
 
-``length`` and ``size`` are those of the model as it was made, and ``kept`` counts in its positions and units, however many cuts it
-took to get there. Positions are written as ranges, so that a copy of a model costs nothing and a file can be read by eye.
+``length`` and ``size`` are those of the model as it was made, and ``kept`` counts in its positions and units, however
+many cuts it took to get there. Positions are written as ranges, so that a copy of a model costs nothing and a file
+can be read by eye.
 """
 
 from __future__ import annotations
@@ -93,17 +94,23 @@ def compose(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor], keeps:
         for dim, kept in dims.items():
             entry[str(dim)] = _composed(entry.get(str(dim)), "length", tensors[name].shape[dim], kept)
     for group in groups:
-        kept = keep.get(group.name)
-        if kept is not None and kept.numel() < group.size:
-            entry = recipe["groups"].get(group.name)
+        units = keep.get(group.name)
+        if units is not None and units.numel() < group.size:
+            before = recipe["groups"].get(group.name)
             # without as many units as before they aren't the same ones: a later version may group a model otherwise
-            known = entry is not None and parse_positions(entry["kept"], entry["size"]).numel() == group.size
-            recipe["groups"][group.name] = _composed(entry if known else None, "size", group.size, kept)
+            if before is not None and parse_positions(before["kept"], before["size"]).numel() != group.size:
+                before = None
+            recipe["groups"][group.name] = _composed(before, "size", group.size, units)
     return recipe
 
 
 def _composed(before: Mapping[str, Any] | None, size: str, length: int, kept: Tensor) -> dict[str, Any]:
     original = torch.arange(length) if before is None else parse_positions(before["kept"], before[size])
+    if original.numel() != length:
+        raise InputError(
+            f"model: taylor_cuda_recipe speaks of {original.numel()} positions where there are {length}; the model was "
+            "changed by other means since it was cut"
+        )
     return {size: length if before is None else before[size], "kept": write_positions(original[kept.cpu()])}
 
 
@@ -114,19 +121,22 @@ def check_current(model: nn.Module, groups: Groups) -> None:
         for member in group.members:
             tensor = tensors.get(member.tensor)
             if tensor is None or member.dim >= tensor.dim():
-                raise InputError(f"groups: made for another model; this one has no {member.tensor} as group {group.name} needs it")
+                raise InputError(
+                    f"groups: made for another model; this one has no {member.tensor} as group {group.name} needs it"
+                )
             if int(member.index.max()) >= tensor.shape[member.dim]:
                 raise InputError(
-                    f"groups: {group.name} has position {int(member.index.max())} of {member.tensor}, dimension {member.dim}, which "
-                    f"has {tensor.shape[member.dim]}; made for another model, or the model was cut since: trace it anew"
+                    f"groups: {group.name} has position {int(member.index.max())} of {member.tensor}, dimension "
+                    f"{member.dim}, which has {tensor.shape[member.dim]}; made for another model, or the model was cut "
+                    "since: trace it anew"
                 )
         entry = history.get(group.name)
         left = group.original_size if entry is None else parse_positions(entry["kept"], entry["size"]).numel()
         original = group.original_size if entry is None else entry["size"]
         if left != group.size and (group.original_size == original or group.size < group.original_size):
             raise InputError(
-                f"groups: {group.name} has {group.size} units in them, the cuts of this model left {left}; they belong to another "
-                "copy of the model, or the model was cut through other groups: trace it anew"
+                f"groups: {group.name} has {group.size} units in them, the cuts of this model left {left}; they belong "
+                "to another copy of the model, or the model was cut through other groups: trace it anew"
             )
 
 
@@ -172,26 +182,39 @@ def _still_to_keep(
     original = length if had is None else had["length"]
     current = torch.arange(length) if had is None else parse_positions(had["kept"], original)
     if wanted is None:
-        raise InputError(f"recipe: {where} of this model was cut, in the recipe it wasn't; give the model as it was made")
+        raise InputError(
+            f"recipe: {where} of this model was cut, in the recipe it wasn't; give the model as it was made"
+        )
     if wanted["length"] != original or current.numel() != length:
-        raise InputError(f"recipe: made for another model; {where} had {wanted['length']} positions there, here {original}")
+        raise InputError(
+            f"recipe: made for another model; {where} had {wanted['length']} positions there, here {original}"
+        )
     kept = parse_positions(wanted["kept"], original)
     place = torch.searchsorted(current, kept).clamp_max(current.numel() - 1)
     if not torch.equal(current[place], kept):
-        raise InputError(f"recipe: {where} of this model has lost positions that the recipe keeps; give it as it was made")
+        raise InputError(
+            f"recipe: {where} of this model has lost positions that the recipe keeps; give it as it was made"
+        )
     return place if place.numel() < current.numel() else None
 
 
 def _check_form(recipe: Any) -> None:
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("tensors"), dict) or not isinstance(recipe.get("groups"), dict):
+    if (
+        not isinstance(recipe, dict)
+        or not isinstance(recipe.get("tensors"), dict)
+        or not isinstance(recipe.get("groups"), dict)
+    ):
         raise InputError("recipe: wanted a dict with 'format', 'tensors' and 'groups'")
     if recipe.get("format") != FORMAT:
         raise InputError(f"recipe: format {recipe.get('format')!r} is unknown to this version, which reads {FORMAT}")
-    entries = [(entry, "length") for dims in recipe["tensors"].values() if isinstance(dims, dict) for entry in dims.values()]
+    entries = [
+        (entry, "length") for dims in recipe["tensors"].values() if isinstance(dims, dict) for entry in dims.values()
+    ]
     entries += [(entry, "size") for entry in recipe["groups"].values()]
     whole = all(isinstance(dims, dict) and all(dim.isdecimal() for dim in dims) for dims in recipe["tensors"].values())
     if not whole or not all(
-        isinstance(entry, dict) and isinstance(entry.get(size), int) and isinstance(entry.get("kept"), str) for entry, size in entries
+        isinstance(entry, dict) and isinstance(entry.get(size), int) and isinstance(entry.get("kept"), str)
+        for entry, size in entries
     ):
         raise InputError("recipe: malformed; an entry is {'length': int, 'kept': '0-11,13'} by tensor and dimension")
 
@@ -202,7 +225,8 @@ def apply_recipe(
     """Cut a model as another one of its kind was cut, without tracing it. All of it or none of it.
 
     Args:
-        model: a fresh ``make_model()`` at its original widths, or one that was cut by a recipe that keeps at least as much.
+        model: a fresh ``make_model()`` at its original widths, or one that was cut by a recipe that keeps at least as
+            much.
         recipe: ``taylor_cuda_recipe`` of the other model.
         optimizer: see ``tc.cut``.
         ema: see ``tc.cut``.
@@ -226,7 +250,9 @@ def _units_for(groups: Groups, recipe: Recipe) -> dict[str, Tensor]:
     for name, entry in recipe["groups"].items():
         group = next((group for group in groups if group.name == name), None)
         if group is None or group.original_size != entry["size"]:
-            raise InputError(f"groups: they have no {name} of {entry['size']} units, which the recipe cuts; trace the model anew")
+            raise InputError(
+                f"groups: they have no {name} of {entry['size']} units, which the recipe cuts; trace the model anew"
+            )
         kept = parse_positions(entry["kept"], entry["size"])
         if not bool(torch.isin(kept, group.kept).all()):
             raise InputError(f"groups: {name} has lost units that the recipe keeps")

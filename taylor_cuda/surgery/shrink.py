@@ -86,8 +86,8 @@ class Shrinking:
         missing = [name for name, p in self._tensors.items() if p.requires_grad and id(p) not in owned]
         if missing:
             raise InputError(
-                f"optimizer: it doesn't own {_first(missing)}, which this cut would slice; give the optimizer (or a list of "
-                "optimizers) that trains this very model, or none"
+                f"optimizer: it doesn't own {_first(missing)}, which this cut would slice; give the optimizer (or a list "
+                "of optimizers) that trains this very model, or none"
             )
 
     def _check_states(self) -> None:
@@ -95,14 +95,13 @@ class Shrinking:
             if isinstance(optimizer, LBFGS) and optimizer.state:
                 raise InputError("optimizer: LBFGS keeps one flat history over all parameters, which can't be sliced")
             for name, tensor in self._tensors.items():
-                for key, value in optimizer.state.get(tensor, {}).items():
-                    for leaf in pytree.tree_leaves(value):
-                        if isinstance(leaf, Tensor) and not _fits(leaf, tensor.shape):
-                            raise InputError(
-                                f"optimizer: state {key!r} of {name} has shape {tuple(leaf.shape)}, which doesn't follow the "
-                                f"parameter's {tuple(tensor.shape)} and can't be sliced; cut without the optimizer and "
-                                "build a new one"
-                            )
+                for key, leaf in _state_tensors(optimizer.state.get(tensor, {})):
+                    if not _fits(leaf, tensor.shape):
+                        raise InputError(
+                            f"optimizer: state {key!r} of {name} has shape {tuple(leaf.shape)}, which doesn't follow the "
+                            f"parameter's {tuple(tensor.shape)} and can't be sliced; cut without the optimizer and build "
+                            "a new one"
+                        )
 
 
 def check_whole(model: nn.Module, what: str) -> None:
@@ -140,6 +139,13 @@ def _slice_state(state: dict[Any, Any], shape: torch.Size, kept: Mapping[int, Te
         state[key] = pytree.tree_map(sliced, value)
 
 
+def _state_tensors(state: Mapping[Any, Any]) -> Iterator[tuple[Any, Tensor]]:
+    for key, value in state.items():
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                yield key, leaf
+
+
 def _fits(leaf: Tensor, shape: torch.Size) -> bool:
     if leaf.numel() <= 1:
         return True
@@ -175,8 +181,8 @@ def _find_copy(model: nn.Module, ema: Any, tensors: Mapping[str, Tensor]) -> _Co
         inner = next((getattr(inner, name) for name in ("module", "ema") if hasattr(inner, name)), None)
         if inner is None:
             raise InputError(
-                f"ema: found no copy of the model in {' > '.join(wrapped)}; wanted a module, an object with one in .module, or a "
-                "dict of tensors by name"
+                f"ema: found no copy of the model in {' > '.join(wrapped)}; wanted a module, an object with one in "
+                ".module, or a dict of tensors by name"
             )
     there = named_tensors(inner)
     if inner is model or any(there[name] is tensor for name, tensor in tensors.items()):
@@ -209,8 +215,8 @@ def _check_shapes(copy: _Copy, tensors: Mapping[str, Tensor]) -> None:
         for tensor in found:
             if tensor.shape != tensors[name].shape:
                 raise InputError(
-                    f"ema: {name} has shape {tuple(tensor.shape)} in it and {tuple(tensors[name].shape)} in the model; was it "
-                    "left out of an earlier cut?"
+                    f"ema: {name} has shape {tuple(tensor.shape)} in it and {tuple(tensors[name].shape)} in the model; "
+                    "was it left out of an earlier cut?"
                 )
 
 
@@ -223,8 +229,8 @@ def _check_memory(tensors: Mapping[str, Tensor], keeps: Keeps) -> None:
         other = owner.setdefault((tensor.device, tensor.data_ptr()), name)
         if other != name and (name in keeps or other in keeps):
             raise InputError(
-                f"model: {other} and {name} share memory but are different tensors, so a cut would separate them; share the "
-                "Parameter itself"
+                f"model: {other} and {name} share memory but are different tensors, so a cut would separate them; share "
+                "the Parameter itself"
             )
 
 

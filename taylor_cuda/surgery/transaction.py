@@ -17,8 +17,9 @@ __all__ = ["Transaction", "set_data"]
 def set_data(tensor: Tensor, data: Tensor) -> None:
     """``tensor.data = data`` for data of another shape, so that the next backward pass works.
 
-    As long as an output computed from ``tensor`` is alive, so is the node that accumulates its gradient, and it insists on the old shape.
-    Autograd makes a new node when the dtype has changed, so the dtype changes and comes back.
+    As long as an output computed from ``tensor`` is alive, so is the node that accumulates its gradient, and it
+    insists on the old shape. Autograd makes a new node when the dtype has changed, so the dtype changes and comes
+    back.
     """
     other = torch.float16 if tensor.dtype != torch.float16 else torch.float32
     tensor.data = torch.empty(0, dtype=other, device=tensor.device)
@@ -26,12 +27,12 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
 
 
 class Transaction:
-    """Puts everything back if its body raises, ``KeyboardInterrupt`` included. Copies no tensor, except for ``remember_values``.
+    """Puts everything back if its body raises, ``KeyboardInterrupt`` included, from references and not from copies.
 
     Args:
         modules: modules whose attributes, submodules, parameters and buffers (as objects) may change.
-        tensors: tensors whose data may be replaced by data of another shape, and whose gradient may be replaced. What is
-            written into a tensor is put back only after ``remember_values``.
+        tensors: tensors whose data may be replaced by data of another shape, and whose gradient may be replaced. What
+            is written into a tensor is put back only after ``remember_values``.
         optimizers: optimizers whose state may change.
         groups: changed along, if given.
     """
@@ -48,7 +49,9 @@ class Transaction:
         for module in modules:
             dicts += [vars(module), module._parameters, module._buffers, module._modules]
         for optimizer in optimizers:
-            dicts += [optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
+            dicts += [
+                optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if p in optimizer.state
+            ]
         if groups is not None:
             dicts.append(vars(groups))
         self._dicts = [(entries, dict(entries)) for entries in dicts]

@@ -18,8 +18,8 @@ from taylor_cuda.graph.sites import ReaderInputs
 __all__ = ["MaskedReference", "quiet", "relative_difference"]
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.12}
-"""Relative to the largest magnitude of the compared tensor. Cut and masked sum the same terms in another order, which is a few eps a
-layer, so this is 800 eps in fp32 (networks of 200 layers stay below 10) and 15 to 30 in 16 bits. A wrong position is of order 1."""
+"""Relative to the largest magnitude of the compared tensor. Cut and masked sum the same terms in another order, a few eps
+a layer: this is 800 eps in fp32 and 15 to 30 in 16 bits. A wrong position is an error of order 1."""
 
 _REDUCED_FP32 = 0.02
 """For fp32 where products are rounded to TF32 or bfloat16 (eps 2^-10 to 2^-8, independent from product to product)."""
@@ -28,8 +28,8 @@ _REDUCED_FP32 = 0.02
 def relative_difference(expected: Tensor, actual: Tensor) -> float:
     """``max |actual - expected| / max |expected|`` of two tensors of any floating or complex dtype.
 
-    Equal infinities and NaN in the same place count as no difference; a value that is finite in one tensor only, or another
-    shape, as an infinite one.
+    Equal infinities and NaN in the same place count as no difference; a value that is finite in one tensor only, or
+    another shape, as an infinite one.
     """
     if expected.shape != actual.shape:
         return float("inf")
@@ -179,7 +179,9 @@ class MaskedReference:
         expected_name, expected = self._expected[self._seen]
         self._seen += 1
         if name != expected_name:
-            raise CutError(f"the cut model goes another way: it comes to {name} where the masked one came to {expected_name}")
+            raise CutError(
+                f"the cut model goes another way: it comes to {name} where the masked one came to {expected_name}"
+            )
         difference = relative_difference(expected, actual)
         if difference > self._greatest:
             self._greatest, self._where = difference, name
@@ -206,8 +208,9 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _rounds_products(device: torch.device) -> bool:
+    backends: Any = torch.backends
     if device.type == "cuda":
-        settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+        settings = (backends.cudnn.conv, backends.cuda.matmul)
     else:
-        settings = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
+        settings = (backends.mkldnn.conv, backends.mkldnn.matmul)
     return any(setting.fp32_precision in ("tf32", "bf16") for setting in settings)

@@ -123,7 +123,7 @@ def scoring_cost(
     criterion: str,
     source: Any = "auto",
     pairs: int = 40,
-    seconds: float = 6.0,
+    seconds: float = 5.0,
 ) -> ScoringCost:
     """What scoring adds to a training step: steps with and without it in turns, median difference of neighbours.
 

@@ -175,7 +175,9 @@ class Stages:
         model = copy.deepcopy(session.original)
         model.load_state_dict(session.model.state_dict())
         batch = to_device(next(session.train_batches()), session.device)
-        cost = scoring_cost(model, pruner.groups, batch, self.config.criterion)
+        cost = scoring_cost(
+            model, pruner.groups, batch, self.config.criterion, seconds=self.config.measure_seconds
+        )
         session.measured.scoring_percent, session.measured.step_ms = cost.percent, cost.step_ms
 
     def _finetune(self) -> None:
@@ -191,7 +193,7 @@ class Stages:
         times: dict[int, dict[str, float | None]] = {}
         for batch in (1, 256):
             session.stop.check()
-            found = latency_ms(models, session.data.shape, batch, session.device, config.latency_seconds)
+            found = latency_ms(models, session.data.shape, batch, session.device, config.measure_seconds)
             times[batch] = {**found} if found else dict.fromkeys(models)
         session.stop.check()
         before, after = session.costs(pruner)

@@ -1,6 +1,6 @@
 """Small networks, one construct each, and what their groups must be, worked out by hand.
 
-``EXPECTED[name]`` is ``{group name: (units, {"tensor dim width role", ...})}``; ``FROZEN[name]`` is ``{name: part of the reason}``.
+``expected.py`` holds what may be cut from each.
 """
 
 from __future__ import annotations
@@ -48,7 +48,12 @@ class Residual(Net):
 
     def __init__(self) -> None:
         super().__init__(
-            stem=conv(3, 8), one=conv(8, 6), bn1=nn.BatchNorm2d(6), two=conv(6, 8), bn2=nn.BatchNorm2d(8), fc=nn.Linear(8, 5)
+            stem=conv(3, 8),
+            one=conv(8, 6),
+            bn1=nn.BatchNorm2d(6),
+            two=conv(6, 8),
+            bn2=nn.BatchNorm2d(8),
+            fc=nn.Linear(8, 5),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +131,11 @@ class LayerNormed(Net):
 
     def __init__(self) -> None:
         super().__init__(
-            embed=nn.Linear(6, 8), norm=nn.LayerNorm(8), up=nn.Linear(8, 10), down=nn.Linear(10, 8), head=nn.Linear(8, 3)
+            embed=nn.Linear(6, 8),
+            norm=nn.LayerNorm(8),
+            up=nn.Linear(8, 10),
+            down=nn.Linear(10, 8),
+            head=nn.Linear(8, 3),
         )
         self.scale = nn.Parameter(torch.full((8,), 1e-6))
         self.position = nn.Parameter(torch.zeros(1, 5, 8))
@@ -342,7 +351,11 @@ class Parametrized(Net):
 
     def __init__(self) -> None:
         super().__init__(
-            a=conv(3, 8), w=nn.utils.parametrizations.weight_norm(conv(8, 6)), b=conv(6, 5), c=conv(5, 4), fc=nn.Linear(4, 2)
+            a=conv(3, 8),
+            w=nn.utils.parametrizations.weight_norm(conv(8, 6)),
+            b=conv(6, 5),
+            c=conv(5, 4),
+            fc=nn.Linear(4, 2),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -364,7 +377,12 @@ class Unknown(Net):
 class OneD(Net):
     def __init__(self) -> None:
         super().__init__(
-            a=nn.Conv1d(3, 8, 3), bn=nn.BatchNorm1d(8), b=nn.Conv1d(8, 6, 3), bnl=nn.BatchNorm1d(5), fc=nn.Linear(6, 5), out=nn.Linear(5, 2)
+            a=nn.Conv1d(3, 8, 3),
+            bn=nn.BatchNorm1d(8),
+            b=nn.Conv1d(8, 6, 3),
+            bnl=nn.BatchNorm1d(5),
+            fc=nn.Linear(6, 5),
+            out=nn.Linear(5, 2),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -400,8 +418,6 @@ class GLU(Net):
 def image(n: int = 2, size: int = 8) -> Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
 
-
-Expected = dict[str, tuple[int, set[str]]]
 
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "conv_bn": (ConvBN, image),

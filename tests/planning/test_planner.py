@@ -19,6 +19,7 @@ from taylor_cuda.planning.cost import Lengths
 from taylor_cuda.planning.rungs import Rungs, allowed_counts, resolve_round_to
 from tests.planning.nets import (
     NETS,
+    Place,
     chain,
     concat,
     grouped,
@@ -97,6 +98,19 @@ def test_several_budgets_hold_at_once_and_each_matters() -> None:
     )
 
 
+def test_savings_of_several_budgets_are_fractions_of_the_original() -> None:
+    """One unit of either group meets both; 1 of conv2 saves 404 of 11984 MACs and 27 of 287 parameters, together 0.128.
+
+    One of conv1 costs 3 and saves 64 · 31 MACs and 33 parameters, together 0.28: more than twice as much, for three times
+    the value. Were MACs and parameters added as they are, it would be 4.7 times as much.
+    """
+    model, groups = chain()
+    scores = squares(conv1=[3, 9, 9, 9, 9, 9], conv2=[9, 9, 9, 1])
+    decided = plan(model, groups, scores, {"macs": 0.97, "params": 0.95})
+    assert decided.sizes == {"conv1": 6, "conv2": 3}
+    assert (decided.cost.macs, decided.cost.params) == (11984 - 404, 287 - 27)
+
+
 def test_a_budget_that_is_met_keeps_everything() -> None:
     model, groups = chain()
     decided = plan(model, groups, random_scores(groups), {"macs": 1.0, "channels": 1})
@@ -151,6 +165,15 @@ def test_quantum_follows_the_width_of_a_unit() -> None:
     assert counts_of(chain(), round_to=3).quantum == (3, 3)
     rungs = counts_of(chain(), round_to=4, min_keep=2)
     assert (rungs.first, rungs.lowest) == ((4, 4), (4, 4))  # conv2 has 4 and nothing below that is allowed
+
+
+def test_quantum_is_common_to_all_members() -> None:
+    """Units of two rows here and three columns there: multiples of 6 need multiples of 3 and of 2."""
+    model = nn.Sequential(nn.Linear(2, 24, bias=False), nn.Linear(36, 2, bias=False))
+    places: dict[str, list[Place]] = {"0": [("0.weight", 0, "write", 2, 0), ("1.weight", 1, "read", 3, 0)]}
+    groups = hand_groups(model, {"0": 12}, places, [("0.weight", 1)], torch.randn(1, 2))
+    rungs = counts_of((model, groups), round_to=6)
+    assert (rungs.quantum, rungs.first, rungs.lowest) == ((6,), (6,), (6,))
 
 
 def test_floors_by_hand() -> None:

@@ -1,4 +1,5 @@
-"""Small networks with hand-written groups: what may be cut is stated here, not found by the tracer under test elsewhere."""
+"""Small networks with hand-written groups: what may be cut is stated here, not found by the tracer under test
+elsewhere."""
 
 from __future__ import annotations
 
@@ -181,7 +182,11 @@ class Grouped(Net):
 
     def channel_groups(self) -> list[ChannelGroup]:
         three = span(4, width=3)
-        places = [("grouped.weight", 0, "write", three), ("grouped.bias", 0, "other", three), ("head.weight", 1, "read", three)]
+        places = [
+            ("grouped.weight", 0, "write", three),
+            ("grouped.bias", 0, "other", three),
+            ("head.weight", 1, "read", three),
+        ]
         return [group("expand", 4, ("expand.weight", 0, "write", span(4, width=2)), *places)]
 
 
@@ -202,7 +207,12 @@ class Tied(Net):
         return self.head(x.mean((2, 3)))
 
     def channel_groups(self) -> list[ChannelGroup]:
-        block = [("block.weight", 0, "write"), ("block.weight", 1, "read"), ("block.bias", 0, "other"), ("scale", 0, "other")]
+        block = [
+            ("block.weight", 0, "write"),
+            ("block.weight", 1, "read"),
+            ("block.bias", 0, "other"),
+            ("scale", 0, "other"),
+        ]
         stem = [("stem.weight", 0, "write"), ("stem.bias", 0, "other")]
         return [group("stem", 4, *stem, *block, ("head.weight", 1, "read"))]
 

@@ -73,7 +73,9 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [key for key in {**a, **b} if key not in a or key not in b or not same(a[key], b[key])]
 
 
-def kept_positions(groups: Groups, keep: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, dict[int, list[int]]]:
+def kept_positions(
+    groups: Groups, keep: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[int, list[int]]]:
     """By definition, position by position: what stays of each tensor along each dimension that shrinks."""
     dropped: dict[str, dict[int, set[int]]] = {}
     for group in groups:
@@ -81,7 +83,9 @@ def kept_positions(groups: Groups, keep: Mapping[str, Tensor], tensors: Mapping[
         for member in group.members:
             for unit in range(group.size):
                 if unit not in kept:
-                    dropped.setdefault(member.tensor, {}).setdefault(member.dim, set()).update(member.index[unit].tolist())
+                    dropped.setdefault(member.tensor, {}).setdefault(member.dim, set()).update(
+                        member.index[unit].tolist()
+                    )
     return {
         name: {dim: [i for i in range(tensors[name].shape[dim]) if i not in gone] for dim, gone in dims.items()}
         for name, dims in dropped.items()

@@ -21,7 +21,7 @@ from tests.surgery.nets import NETS, ConvBias, ConvBN, Residual, Tied, make, ran
 from tests.surgery.state import all_tensors, differences, fingerprint
 
 
-@pytest.fixture()
+@pytest.fixture
 def file(tmp_path) -> Path:
     return tmp_path / "small.safetensors"
 
@@ -80,7 +80,9 @@ def test_another_process_needs_nothing_but_the_file_and_the_class(file):
         "x, y = torch.load(sys.argv[2])\n"
         "assert torch.equal(load(Residual(), sys.argv[1]).eval()(x), y)\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(file), str(file.with_suffix(".pt"))], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-c", code, str(file), str(file.with_suffix(".pt"))], check=True, cwd=Path(__file__).parents[2]
+    )
 
 
 class Odd(nn.Module):
@@ -191,7 +193,9 @@ def test_values_are_widened_but_never_rounded(file):
     save(wide, file)
     narrow = make(ConvBN, dtype=torch.bfloat16)[0]
     before = fingerprint(narrow)
-    with pytest.raises(CheckpointError, match=r"conv1\.weight is torch\.float32 in it, which the model's torch\.bfloat16"):
+    with pytest.raises(
+        CheckpointError, match=r"conv1\.weight is torch\.float32 in it, which the model's torch\.bfloat16"
+    ):
         load(narrow, file)
     save(make(ConvBN, dtype=torch.float16)[0], file)
     with pytest.raises(CheckpointError, match="can't hold"):

@@ -286,7 +286,8 @@ class Misgrouped(ConvBN):
     def channel_groups(self) -> list[ChannelGroup]:
         first, second = super().channel_groups()
         swapped = tuple(
-            Member(m.tensor, m.dim, m.index.flip(0), m.role) if m.tensor == "bn1.running_mean" else m for m in first.members
+            Member(m.tensor, m.dim, m.index.flip(0), m.role) if m.tensor == "bn1.running_mean" else m
+            for m in first.members
         )
         return [ChannelGroup(first.name, swapped, first.kept, first.original_size), second]
 

@@ -39,7 +39,9 @@ def test_an_averaged_model_is_sliced_with_its_own_values_and_goes_on(net):
     for name, tensor in all_tensors(ema.module).items():
         assert torch.equal(tensor, pick(before[name], kept.get(name, {}))), name
     train_steps(model, x, optimizer, 1)
-    expected = {name: 0.9 * p.detach() + 0.1 * dict(model.named_parameters())[name] for name, p in ema.module.named_parameters()}
+    expected = {
+        name: 0.9 * p.detach() + 0.1 * dict(model.named_parameters())[name] for name, p in ema.module.named_parameters()
+    }
     ema.update_parameters(model)
     for name, p in ema.module.named_parameters():
         torch.testing.assert_close(p, expected[name], rtol=1e-6, atol=1e-7)
@@ -59,7 +61,11 @@ def test_layer_sizes_and_recipe_of_the_copy_follow(tmp_path):
 
 def test_plain_modules_dictionaries_and_several_at_once():
     model, _, groups = make(Tied)
-    copies = [copy.deepcopy(model), {name: p.detach().clone() for name, p in model.named_parameters()}, model.state_dict()]
+    copies = [
+        copy.deepcopy(model),
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+        model.state_dict(),
+    ]
     copies[2] = {name: tensor.clone() for name, tensor in copies[2].items()}
     cut(model, groups, {"stem": torch.tensor([0, 3])}, ema=copies)
     for name, tensor in model.state_dict().items():

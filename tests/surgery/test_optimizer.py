@@ -51,7 +51,11 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def sliced_optimizer(
-    make_optimizer: Callable[..., Optimizer], old: Optimizer, model: nn.Module, small: nn.Module, kept: dict[str, dict[int, list[int]]]
+    make_optimizer: Callable[..., Optimizer],
+    old: Optimizer,
+    model: nn.Module,
+    small: nn.Module,
+    kept: dict[str, dict[int, list[int]]],
 ) -> Optimizer:
     """A new optimizer over ``small`` whose state is that of ``old``, picked position by position."""
     new = make_optimizer(small.parameters())
@@ -101,7 +105,9 @@ def test_parameter_groups_and_their_schedules_stay():
     model, x, groups = make(ConvBN)
     norms = [p for name, p in model.named_parameters() if "bn" in name]
     others = [p for name, p in model.named_parameters() if "bn" not in name]
-    optimizer = SGD([{"params": norms, "weight_decay": 0.0}, {"params": others}], lr=0.1, momentum=0.9, weight_decay=1e-2)
+    optimizer = SGD(
+        [{"params": norms, "weight_decay": 0.0}, {"params": others}], lr=0.1, momentum=0.9, weight_decay=1e-2
+    )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     train_steps(model, x, optimizer, 1)
     schedule.step()
@@ -136,7 +142,7 @@ def test_factored_state_is_sliced_where_it_has_the_dimension():
 
 
 def test_state_in_containers_is_sliced():
-    model, x, groups = make(ConvBN)
+    model, _, groups = make(ConvBN)
     optimizer = SGD(model.parameters(), lr=0.1)
     history = [torch.rand(6, 3, 3, 3) for _ in range(2)]
     optimizer.state[model.conv1.weight] = {"history": list(history), "name": "conv", "count": 3}

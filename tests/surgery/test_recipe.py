@@ -82,7 +82,9 @@ def test_replay_brings_optimizer_average_and_groups_along():
     for one, two in zip(groups, other_groups, strict=True):
         assert torch.equal(one.kept, two.kept)
         assert all(torch.equal(a.index, b.index) for a, b in zip(one.members, two.members, strict=True))
-    assert optimizer.state[other.stem.weight]["exp_avg"].shape == other.stem.weight.shape == ema.module.stem.weight.shape
+    assert (
+        optimizer.state[other.stem.weight]["exp_avg"].shape == other.stem.weight.shape == ema.module.stem.weight.shape
+    )
     train_steps(other, x, optimizer, 1)
     cut(other, other_groups, {"stem": torch.tensor([0, 3])}, optimizer, ema)
     assert other.taylor_cuda_recipe["groups"]["stem"] == {"size": 6, "kept": "0,4"}
@@ -116,7 +118,7 @@ def test_a_model_that_was_loaded_and_traced_again_composes():
 
 
 def test_replay_on_a_model_it_does_not_fit_is_refused():
-    model, x, groups = make(ConvBN)
+    model, _, groups = make(ConvBN)
     cut(model, groups, {"conv1": torch.tensor([0, 1, 5])})
     recipe = model.taylor_cuda_recipe
 
@@ -142,6 +144,21 @@ def test_replay_on_a_model_it_does_not_fit_is_refused():
         assert not differences(before, fingerprint(other))
 
 
+def test_a_model_changed_by_hand_since_its_cut_is_refused():
+    model, x, groups = make(ConvBN)
+    cut(model, groups, {"conv1": torch.tensor([0, 1, 5]), "conv2": torch.tensor([0, 1])})
+    model.head = nn.Linear(5, 4)
+    again = make(ConvBN)[2]
+    again.groups = (again["conv2"],)
+    model.conv2, model.bn2 = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
+    with pytest.raises(InputError, match="the cuts of this model left 2"):
+        cut(model, again, {"conv2": torch.tensor([0])})
+    model.taylor_cuda_recipe["groups"].clear()
+    with pytest.raises(InputError, match="changed by other means"):
+        cut(model, again, {"conv2": torch.tensor([0])})
+    assert model(x).shape == (2, 4)
+
+
 def test_groups_that_do_not_fit_are_refused():
     model, _, groups = make(ConvBN)
     cut(model, groups, {"conv1": torch.tensor([0, 1, 5])})
@@ -149,9 +166,9 @@ def test_groups_that_do_not_fit_are_refused():
     before = fingerprint(fresh)
     with pytest.raises(InputError, match="no conv1 of 6 units"):
         apply_recipe(fresh, model.taylor_cuda_recipe, groups=make(Residual)[2])
+    other, _, cut_groups = make(ConvBN)
+    cut(other, cut_groups, {"conv1": torch.tensor([2, 3])})
     with pytest.raises(InputError, match="lost units"):
-        cut_groups, other = make(ConvBN)[2], make(ConvBN)[0]
-        cut(other, cut_groups, {"conv1": torch.tensor([2, 3])})
         apply_recipe(fresh, model.taylor_cuda_recipe, groups=cut_groups)
     assert not differences(before, fingerprint(fresh))
 

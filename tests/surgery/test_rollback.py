@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import linecache
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ cut_module = importlib.import_module("taylor_cuda.surgery.cut")
 WATCHED = {str(path) for path in Path(taylor_cuda.surgery.__file__).parent.glob("*.py")} | {slicing.__file__}
 
 
-class Boom(Exception):
+class BoomError(Exception):
     pass
 
 
@@ -52,7 +53,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt, MemoryError, SystemExit])
+@pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt, MemoryError, SystemExit])
 @pytest.mark.parametrize("call", [0, 1, 5])
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_exception_at_any_stage_undoes_the_cut(stage, call, error, monkeypatch):
@@ -78,13 +79,25 @@ def test_an_exception_at_any_stage_undoes_the_cut(stage, call, error, monkeypatc
 
 @contextmanager
 def interrupt_at_line(number: int) -> Iterator[list[int]]:
-    """Ctrl-C at the ``number``-th line that runs in the package's surgery. Yields ``[lines seen]``."""
+    """Ctrl-C at the ``number``-th line that runs in the package's surgery. Yields ``[lines seen]``.
+
+    The line of a ``with`` runs a second time when its body is done; Python lets no signal in between that and
+    ``__exit__``.
+    """
     seen = [0]
+    entered: set[tuple[int, int]] = set()
 
     def watch(frame: Any, event: str, _arg: Any) -> Any:
         if frame.f_code.co_filename not in WATCHED:
             return None
+        if event == "call":
+            entered.difference_update([place for place in entered if place[0] == id(frame)])
         if event == "line":
+            place = (id(frame), frame.f_lineno)
+            if linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+                if place in entered:
+                    return watch
+                entered.add(place)
             seen[0] += 1
             if seen[0] == number:
                 raise KeyboardInterrupt
@@ -122,16 +135,17 @@ def test_ctrl_c_at_any_line_leaves_the_old_model_or_the_new_one():
     model, groups, optimizer, ema, keep = training_run(ConvBN)
     before = fingerprint(model, optimizer, ema, groups)
     finished = 0
-    for number in range(1, total + 1, 3):
+    for number in range(1, total + 1, 23):
         with pytest.raises(KeyboardInterrupt), interrupt_at_line(number):
             cut(model, groups, keep, optimizer, ema)
+        assert torch._C._len_torch_function_stack() == 0
         after = fingerprint(model, optimizer, ema, groups)
         if differences(before, after):
             assert not differences(wanted, comparable(after)), f"line {number} of {total}"
             finished += 1
             model, groups, optimizer, ema, keep = training_run(ConvBN)
             before = fingerprint(model, optimizer, ema, groups)
-    assert finished <= 3  # only the last lines of all come after the point of no return
+    assert finished <= 2  # only the last lines of all come after the point of no return
 
 
 def test_a_second_ctrl_c_while_undoing_does_not_stop_it(monkeypatch):
@@ -146,7 +160,7 @@ def test_a_second_ctrl_c_while_undoing_does_not_stop_it(monkeypatch):
         set_data(tensor, data)
 
     monkeypatch.setattr(importlib.import_module("taylor_cuda.surgery.transaction"), "set_data", impatient)
-    monkeypatch.setattr(MaskedReference, "compare", lambda _self: (_ for _ in ()).throw(Boom))
+    monkeypatch.setattr(MaskedReference, "compare", lambda _self: (_ for _ in ()).throw(BoomError))
     with pytest.raises(KeyboardInterrupt):
         cut(model, groups, keep, optimizer, ema)
     assert len(calls) > 4
@@ -157,9 +171,10 @@ def test_training_after_an_undone_cut_is_as_without_it(monkeypatch):
     def run(*, attempt: bool) -> nn.Module:
         model, groups, optimizer, ema, keep = training_run()
         if attempt:
-            with monkeypatch.context() as patch, pytest.raises(CutError):
+            with monkeypatch.context() as patch:
                 patch.setattr(MaskedReference, "compare", lambda _self: (_ for _ in ()).throw(CutError("no")))
-                cut(model, groups, keep, optimizer, ema)
+                with pytest.raises(CutError):
+                    cut(model, groups, keep, optimizer, ema)
         train_steps(model, groups.example_inputs[0][0], optimizer, 3, seed=9)
         return model
 
@@ -199,7 +214,7 @@ def test_ctrl_c_in_load_undoes_it(tmp_path):
     before = fingerprint(model)
     with interrupt_at_line(-1) as seen:
         load(make(ConvBN, seed=5)[0], tmp_path / "small.safetensors")
-    for number in range(1, seen[0] - 3, 17):
+    for number in range(1, seen[0] - 3, 71):
         with pytest.raises(KeyboardInterrupt), interrupt_at_line(number):
             load(model, tmp_path / "small.safetensors")
         assert not differences(before, fingerprint(model)), number

@@ -6,17 +6,7 @@ from PIL import Image
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.train.data import load_data, move_by_one
-
-
-def make_folder(root, classes=("ant", "bee"), train=5, val=3, size=40):
-    for part, count in (("train", train), ("val", val)):
-        for label, name in enumerate(classes):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                colour = (60 + 90 * label, 10 * number, 200 - 90 * label)
-                Image.new("RGB", (size + number, size), colour).save(folder / f"{number}.jpg")
-    return root
+from tests.train.image_folders import make_image_folder
 
 
 def test_digits_are_one_fixed_stratified_split():
@@ -85,7 +75,7 @@ def test_moving_shifts_whole_images():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_image_folder(tmp_path, workers):
-    data = load_data(str(make_folder(tmp_path)), 4, seed=1, image_size=32, workers=workers)
+    data = load_data(str(make_image_folder(tmp_path)), 4, seed=1, image_size=32, workers=workers)
     assert (data.classes, data.shape, data.train_size, data.val_size) == (("ant", "bee"), (3, 32, 32), 10, 6)
     for _ in range(2):  # persistent workers serve a second epoch
         batches = list(data.train(0))
@@ -98,20 +88,20 @@ def test_image_folder(tmp_path, workers):
 
 
 def test_an_epoch_of_files_can_begin_in_its_middle(tmp_path):
-    data = load_data(str(make_folder(tmp_path, train=6)), 3, image_size=16, workers=0)
+    data = load_data(str(make_image_folder(tmp_path, train=6)), 3, image_size=16, workers=0)
     whole = [labels.tolist() for _, labels in data.train(5)]
     assert [labels.tolist() for _, labels in data.train(5, start=2)] == whole[2:]
 
 
 def test_a_short_data_set_gives_one_short_batch(tmp_path):
-    data = load_data(str(make_folder(tmp_path)), 64, image_size=16, workers=0)
+    data = load_data(str(make_image_folder(tmp_path)), 64, image_size=16, workers=0)
     assert data.steps_per_epoch == 1
     assert [len(labels) for _, labels in data.train(0)] == [10]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_corrupt_image_is_named(tmp_path, workers):
-    bad = make_folder(tmp_path) / "val" / "bee" / "1.jpg"
+    bad = make_image_folder(tmp_path) / "val" / "bee" / "1.jpg"
     bad.write_bytes(bad.read_bytes()[:100])
     data = load_data(str(tmp_path), 4, image_size=16, workers=workers)
     with pytest.raises(InputError, match=r"val/bee/1\.jpg is not an image that can be read"):
@@ -123,10 +113,10 @@ def test_layouts_that_cannot_be_used(tmp_path):
         load_data(str(tmp_path / "nowhere"), 4)
     with pytest.raises(InputError, match=r"no folder .*train"):
         load_data(str(tmp_path), 4)
-    make_folder(tmp_path / "a", val=0)
+    make_image_folder(tmp_path / "a", val=0)
     with pytest.raises(InputError, match=r"class folder .*val/ant holds no images"):
         load_data(str(tmp_path / "a"), 4)
-    make_folder(tmp_path / "b")
+    make_image_folder(tmp_path / "b")
     (tmp_path / "b" / "train" / "cow").mkdir()
     with pytest.raises(InputError, match="cow holds no images"):
         load_data(str(tmp_path / "b"), 4)

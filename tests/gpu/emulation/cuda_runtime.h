@@ -1,6 +1,7 @@
-// CUDA on a CPU, as far as the kernels of csrc/cuda use it: every thread of a block is a fiber, and they take turns at barriers.
-// Blocks run one after another, so races between blocks don't show; those within a block do, because the order of turns can be
-// reversed (EMULATED_ORDER=1) and then what one thread reads before another has written it is something else.
+// CUDA on a CPU, as far as the kernels of csrc/cuda use it: every thread of a block is a fiber, and they take turns at
+// barriers. Blocks run one after another, so races between blocks don't show; those within a block do, because the
+// order of turns can be reversed (EMULATED_ORDER=1) and then what one thread reads before another has written it is
+// something else.
 
 #pragma once
 

@@ -1,0 +1,241 @@
+"""``taylor-cuda prune`` in this process, at tiny size: files, reports, stopping and going on."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+import torchvision
+
+from taylor_cuda.cli.main import main
+from taylor_cuda.errors import InputError
+from taylor_cuda.surgery import load, save
+from taylor_cuda.train import recipe
+from taylor_cuda.train.data import TensorData, load_data
+from taylor_cuda.train.loop import evaluate
+from taylor_cuda.train.models import DigitsResNet
+from tests.train.image_folders import make_image_folder
+
+TINY = ("--epochs", "1", "--steps-limit", "4", "--every", "2", "--steps", "3", "--latency-seconds", "0.05")
+FILES = ["log.jsonl", "model.safetensors", "summary.json", "widths.svg"]
+
+
+def prune(*arguments):
+    return main(["prune", *map(str, arguments)])
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A tiny run from beginning to end: its folder."""
+    out = tmp_path_factory.mktemp("straight") / "new" / "folder"
+    assert prune(*TINY, "--out", out) == 0
+    return out
+
+
+def test_files_and_summary(straight):
+    assert names(straight) == FILES
+    found = summary_of(straight)
+    assert found["macs_after"] <= 0.5 * found["macs_before"]
+    assert found["params_after"] < found["params_before"]
+    assert found["macs_before"] == 4475520  # see tests/cli/test_doctor.py
+    assert found["cuts"] == 3
+    assert found["cut_difference"] <= 1e-5 * found["cut_scale"]
+    assert found["cut_scale"] > 0
+    assert 0 < found["source_difference"] <= 1e-4
+    assert all(found[f"latency_ms{batch}_{when}"] > 0 for batch in ("", "_batch1") for when in ("before", "after"))
+    assert (found["criterion"], found["budget"], found["seed"]) == ("taylor_fo", {"macs": 0.5}, 0)
+    assert all(after % 8 == 0 for name, (_, after) in found["widths"].items() if name != "head")
+
+
+def test_saved_model_is_the_pruned_one(straight):
+    model = load(DigitsResNet(), straight / "model.safetensors")
+    found = summary_of(straight)
+    assert sum(value.numel() for value in model.parameters()) == found["params_after"]
+    assert model.stage2[1].conv1.out_channels == found["widths"]["stage2.1.conv1"][1]
+    limited = list(load_data("digits", 64).val())[:4]
+    assert evaluate(model, limited, torch.device("cpu")).accuracy == found["pruned_accuracy"]
+
+
+def test_log_is_json_lines_in_order(straight):
+    records = [json.loads(line) for line in (straight / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    events = [record["event"] for record in records]
+    assert events == [
+        "start",
+        "epoch",
+        "base",
+        "prune",
+        "prune",
+        "epoch",
+        "prune",
+        "epoch",
+        "pruned",
+        "epoch",
+        "finetuned",
+    ]
+    macs = [record["macs"] for record in records if record["event"] == "prune"]
+    assert macs == sorted(macs, reverse=True)
+    assert macs[-1] == summary_of(straight)["macs_after"]
+
+
+def test_what_is_printed(capsys, tmp_path, straight):
+    assert prune(*TINY, "--out", tmp_path) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line]
+    assert re.fullmatch(r"cut == masked: greatest difference \S+ \(outputs up to \S+, 3 cuts\)", lines[-4])
+    assert re.fullmatch(r"scores from parameters vs from activations: greatest relative difference \S+", lines[-3])
+    assert re.fullmatch(r"scoring cost: -?\d+\.\d % of a step \(\d+\.\d ms\)", lines[-2])
+    for words in ("MACs per example", "latency, batch 256", "stage2.1.conv1", "base: 1 epochs: accuracy"):
+        assert words in out
+    # The same seed gives the same network.
+    again, first = (load(DigitsResNet(), folder / "model.safetensors").state_dict() for folder in (tmp_path, straight))
+    assert all(torch.equal(value, first[name]) for name, value in again.items())
+
+
+def interrupt_at(monkeypatch, batch, how):
+    """Let the run's ``batch``-th training batch bring a Ctrl-C: raised where it is made, or as a signal."""
+    original, seen = TensorData.train, []
+
+    def train(self, epoch, start=0):
+        for item in original(self, epoch, start):
+            seen.append(1)
+            if len(seen) == batch:
+                if how == "raised":
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)
+            yield item
+
+    monkeypatch.setattr(TensorData, "train", train)
+
+
+@pytest.mark.parametrize(
+    ("batch", "how", "stage"),
+    # 4 batches of base training, 1 to time a step with, 6 for pruning, 4 for recalibration, 4 of fine-tuning.
+    [
+        (2, "raised", "base"),
+        (5, "signal", "prune"),
+        (6, "raised", "prune"),
+        (9, "signal", "prune"),
+        (18, "signal", "finetune"),
+    ],
+)
+def test_ctrl_c_saves_and_resume_ends_the_same(monkeypatch, capsys, tmp_path, straight, batch, how, stage):
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, batch, how)
+        assert prune(*TINY, "--out", tmp_path) == 130
+    err = capsys.readouterr().err
+    assert f"interrupted in stage '{stage}'; state saved in {tmp_path / 'checkpoint.pt'}" in err
+    assert f"taylor-cuda prune {' '.join(TINY)} --out {tmp_path} --resume" in err
+    assert "Traceback" not in err
+    assert names(tmp_path) == ["checkpoint.pt", "log.jsonl"]
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert prune(*TINY, "--out", tmp_path, "--resume") == 0
+    assert names(tmp_path) == FILES
+    resumed, expected = summary_of(tmp_path), summary_of(straight)
+    for key in ("widths", "base_accuracy", "cut_accuracy", "pruned_accuracy", "cuts"):
+        assert resumed[key] == expected[key]
+    values = [load(DigitsResNet(), folder / "model.safetensors").state_dict() for folder in (tmp_path, straight)]
+    assert all(torch.equal(value, values[1][name]) for name, value in values[0].items())
+
+
+def test_ctrl_c_while_reports_are_written(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("taylor_cuda.cli.prune.write_widths_svg", interrupted)
+        assert prune(*TINY, "--out", tmp_path) == 130
+    assert "summary.json" not in names(tmp_path)
+    assert prune(*TINY, "--out", tmp_path, "--resume") == 0
+    assert names(tmp_path) == FILES
+    capsys.readouterr()
+
+
+def test_resume_of_another_run_is_refused(monkeypatch, capsys, tmp_path):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, "raised")
+        assert prune(*TINY, "--out", tmp_path) == 130
+    state = (tmp_path / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert prune(*TINY, "--out", tmp_path, "--resume", "--budget", "macs=0.6") == 2
+    assert "other settings: budget was {'macs': 0.5}, is {'macs': 0.6}" in capsys.readouterr().err
+    (tmp_path / "checkpoint.pt").write_bytes(state[: len(state) // 2])
+    assert prune(*TINY, "--out", tmp_path, "--resume") == 2
+    assert "checkpoint.pt is damaged" in capsys.readouterr().err
+
+
+def test_image_folder_with_a_zoo_model(monkeypatch, tmp_path):
+    """The saved file fits a fresh ``resnet18()`` with its 1000 outputs, and computes what the pruned model computed."""
+    data, out = make_image_folder(tmp_path / "data", train=8, val=4, size=72), tmp_path / "out"
+    x, outputs = torch.randn(2, 3, 64, 64), []
+
+    def save_and_remember(model, path, metadata):
+        with torch.no_grad():
+            outputs.append(model.eval()(x))
+        save(model, path, metadata)
+
+    monkeypatch.setattr(recipe, "save", save_and_remember)
+    code = prune(
+        "torchvision:resnet18", "--data", data, "--budget", "macs=0.5", "--epochs", "1", "--image-size", "64",
+        "--batch", "8", "--every", "2", "--steps", "2", "--workers", "1", "--latency-seconds", "0.01", "--out", out,
+    )  # fmt: skip
+    assert code == 0
+    model = load(torchvision.models.resnet18(), out / "model.safetensors").eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), outputs[0])
+    assert outputs[0].shape == (2, 1000)
+    found = summary_of(out)
+    assert found["macs_after"] <= 0.5 * found["macs_before"]
+    assert found["cut_difference"] <= 1e-4 * found["cut_scale"]
+    assert 0 < found["source_difference"] <= 1e-4
+
+
+def test_weights_skip_base_training(capsys, tmp_path, straight):
+    weights = straight / "model.safetensors"
+    code = prune(*TINY, "--weights", weights, "--budget", "params=0.7", "--criterion", "magnitude", "--out", tmp_path)
+    assert code == 0
+    found = summary_of(tmp_path)
+    assert found["params_before"] == summary_of(straight)["params_after"]
+    assert found["params_after"] <= 0.7 * found["params_before"]
+    assert found["base_accuracy"] == summary_of(straight)["pruned_accuracy"]
+    model = load(DigitsResNet(), tmp_path / "model.safetensors")
+    assert sum(value.numel() for value in model.parameters()) == found["params_after"]
+    capsys.readouterr()
+
+
+def test_corrupt_image_ends_the_run_with_its_name(capsys, tmp_path):
+    data = make_image_folder(tmp_path / "data", size=32)
+    bad = data / "train" / "ant" / "2.jpg"
+    bad.write_bytes(b"not a jpeg")
+    small = ("--batch", "4", "--image-size", "32", "--workers", "0", "--every", "1", "--steps", "1")
+    assert prune("torchvision:resnet18", "--data", data, *small, "--out", tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert f"{bad} is not an image that can be read" in err
+    assert "Traceback" not in err
+    assert names(tmp_path / "out") == ["log.jsonl"]
+
+
+def test_a_missing_picture_is_no_reason_to_fail(monkeypatch, capsys, tmp_path):
+    def missing(*_):
+        raise InputError("widths.svg: the picture needs matplotlib")
+
+    monkeypatch.setattr("taylor_cuda.cli.prune.write_widths_svg", missing)
+    assert prune(*TINY, "--out", tmp_path) == 0
+    assert "no picture: widths.svg: the picture needs matplotlib" in capsys.readouterr().out
+    assert names(tmp_path) == [name for name in FILES if name != "widths.svg"]
+
+
+def test_a_model_that_diverges_is_an_error(capsys, tmp_path):
+    assert prune(*TINY, "--lr", "1e30", "--out", tmp_path) == 2
+    assert "try a smaller --lr" in capsys.readouterr().err
+    assert names(tmp_path) == ["log.jsonl"]

@@ -1,0 +1,237 @@
+"""Inputs of every layout, the sums in float64 and the bound that the kernels promise. No pytest and no GPU here.
+
+Every input is cut from a storage full of NaN, so that one element read from outside it makes the result NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("batch", "sample", "abs", "element")
+WEIGHT_REDUCTIONS = ("sum", "square", "abs")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+Source = Callable[..., Tensor]  # (*shape) -> random numbers in a NaN-framed storage
+
+
+def source(dtype: torch.dtype, seed: int, device: str = "cpu") -> Source:
+    """A maker of contiguous random tensors that lie 16-byte aligned within NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        frame = torch.full((values.numel() + 128,), float("nan"), dtype=dtype, device=device)
+        inside = frame[64 : 64 + values.numel()].view(shape)
+        return inside.copy_(values)
+
+    return make
+
+
+def _both(make: Source, *shape: int) -> tuple[Tensor, Tensor]:
+    return make(*shape), make(*shape)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """The same numbers in other places: the channels of the result are the last dimension of x."""
+    return x.movedim(-1, 1)
+
+
+def _cropped(make: Source, *shape: int) -> Tensor:
+    whole = make(*(size + 2 for size in shape))
+    return whole[tuple(slice(1, size + 1) for size in shape)]
+
+
+PAIRS: dict[str, Callable[[Source], tuple[Tensor, Tensor]]] = {
+    "nchw 7x7": lambda m: _both(m, 3, 16, 7, 7),
+    "nchw 8x8": lambda m: _both(m, 2, 9, 8, 8),
+    "nchw 14x14": lambda m: _both(m, 2, 24, 14, 14),
+    "nchw 24x24": lambda m: _both(m, 2, 5, 24, 24),
+    "nchw 33x31": lambda m: _both(m, 2, 3, 33, 31),
+    "nchw 1x1": lambda m: _both(m, 5, 12, 1, 1),
+    "long rows": lambda m: _both(m, 1, 2, 5003),
+    "one channel": lambda m: _both(m, 4, 1, 9, 9),
+    "one number": lambda m: _both(m, 1, 1, 1, 1),
+    "nhwc 7x7": lambda m: (_nhwc(m(3, 7, 7, 64)), _nhwc(m(3, 7, 7, 64))),
+    "nhwc 24 channels": lambda m: (_nhwc(m(2, 5, 5, 24)), _nhwc(m(2, 5, 5, 24))),
+    "nhwc 13 channels": lambda m: (_nhwc(m(2, 5, 6, 13)), _nhwc(m(2, 5, 6, 13))),
+    "nhwc 520 channels": lambda m: (_nhwc(m(1, 3, 3, 520)), _nhwc(m(1, 3, 3, 520))),
+    "nhwc 40x40": lambda m: (_nhwc(m(1, 40, 40, 16)), _nhwc(m(1, 40, 40, 16))),
+    "nhwc cropped": lambda m: (_nhwc(m(2, 7, 8, 16)[:, 1:-1, 1:-1]), _nhwc(m(2, 7, 8, 16)[:, 1:-1, 1:-1])),
+    "nchw cropped": lambda m: (_cropped(m, 2, 5, 6, 7), _cropped(m, 2, 5, 6, 7)),
+    "channels cut": lambda m: (m(3, 9, 6, 6)[:, 1:6], m(3, 9, 6, 6)[:, 1:6]),
+    "channels cut, long": lambda m: (m(2, 9, 23, 29)[:, 1:6], m(2, 9, 23, 29)[:, 1:6]),
+    "one off": lambda m: (m(3 * 4 * 36 + 1)[1:].view(3, 4, 6, 6), m(3 * 4 * 36 + 1)[1:].view(3, 4, 6, 6)),
+    "one of two off": lambda m: (m(2 * 3 * 600 + 1)[1:].view(2, 3, 600), m(2, 3, 600)),
+    "every second": lambda m: (m(2, 6, 5, 14)[..., ::2], m(2, 6, 5, 14)[..., ::2]),
+    "expanded pixels": lambda m: (m(2, 6, 5, 5), m(2, 6, 1, 1).expand(2, 6, 5, 5)),
+    "expanded pixels, nhwc": lambda m: (_nhwc(m(2, 5, 5, 16)), m(2, 16, 1, 1).expand(2, 16, 5, 5)),
+    "expanded samples": lambda m: (m(4, 6, 5, 5), m(1, 6, 5, 5).expand(4, 6, 5, 5)),
+    "expanded whole": lambda m: (m(2, 6, 5, 5), m(1, 1, 1, 1).expand(2, 6, 5, 5)),
+    "two layouts": lambda m: (_nhwc(m(2, 6, 7, 16)), m(2, 16, 6, 7)),
+    "[N, C]": lambda m: _both(m, 37, 24),
+    "[N, C] odd": lambda m: _both(m, 5, 7),
+    "[N, C] turned": lambda m: (m(7, 40).t(), m(7, 40).t()),
+    "[N, C, L]": lambda m: _both(m, 3, 6, 19),
+    "[N, L, C]": lambda m: (m(2, 10, 24).mT, m(2, 10, 24).mT),
+    "[N, L, C] turned": lambda m: (m(10, 2, 24).permute(1, 2, 0), m(10, 2, 24).permute(1, 2, 0)),
+    "5d": lambda m: _both(m, 2, 4, 3, 5, 2),
+    "5d cropped": lambda m: (_cropped(m, 2, 3, 2, 3, 4), _cropped(m, 2, 3, 2, 3, 4)),
+    "9d cropped": lambda m: (_cropped(m, *[2] * 9), _cropped(m, *[2] * 9)),
+    "no samples": lambda m: _both(m, 0, 3, 4, 4),
+    "no pixels": lambda m: _both(m, 2, 3, 0, 4),
+    "no channels": lambda m: _both(m, 2, 0, 4, 4),
+}
+
+
+def make_pair(name: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Activation and gradient of a named layout."""
+    return PAIRS[name](source(dtype, seed, device))
+
+
+def terms_of(activation: Tensor, gradient: Tensor) -> Tensor:
+    """The products a·g in float64, [N, C, L], on the CPU: exact for inputs of up to 32 bits but for the last of 53 bits."""
+    n, c = activation.shape[:2]
+    terms = activation.detach().cpu().double() * gradient.detach().cpu().double()
+    length = terms.numel() // (n * c) if n * c else 0
+    return terms.reshape(n, c, length)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Eight rounding errors of the type that sums are formed in."""
+    return 8 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
+def importance_of(terms: Tensor, reduction: str, eps: float) -> tuple[Tensor, Tensor]:
+    """The importance in float64, and by how much a result may differ when each sum differs by eps·Σ|a·g|."""
+    sums, spread = terms.sum(2), eps * terms.abs().sum(2)
+    if reduction == "batch":
+        total, error = sums.sum(0), spread.sum(0)
+        return total.square(), (2 * total.abs() + error) * error
+    if reduction == "sample":
+        return sums.square().sum(0), ((2 * sums.abs() + spread) * spread + eps * sums.square()).sum(0)
+    if reduction == "element":
+        return terms.square().sum((0, 2)), eps * terms.square().sum((0, 2))
+    count = max(terms.shape[0] * terms.shape[2], 1)
+    return sums.abs().sum(0) / count, spread.sum(0) / count
+
+
+def difference(name: str, actual: Tensor, expected: Tensor, allowed: Tensor) -> str:
+    """Empty when actual is expected to within what is allowed; NaN never is."""
+    wanted = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    actual = actual.detach().cpu()
+    if actual.shape != expected.shape or actual.dtype != wanted:
+        return f"{name}: {actual.dtype} {tuple(actual.shape)}, wanted {tuple(expected.shape)}"
+    error = (actual.double() - expected).abs()
+    if bool((error <= allowed + torch.finfo(torch.float32).tiny).all()):
+        return ""
+    at = int((error / (allowed + torch.finfo(torch.float32).tiny)).nan_to_num(float("inf")).argmax()) if error.numel() else 0
+    return f"{name}: {actual.flatten()[at]:.9g}, wanted {expected.flatten()[at]:.9g} within {allowed.flatten()[at]:.3g}"
+
+
+class Ops:
+    """The four ops of one implementation, by name."""
+
+    def __init__(self, namespace: object) -> None:
+        self.channel_sums = getattr(namespace, "channel_sums", None)
+        self.channel_importance = getattr(namespace, "channel_importance", None)
+        self.accumulate_channel_sums = getattr(namespace, "accumulate_channel_sums", None)
+        self.weight_importance = getattr(namespace, "weight_importance", None)
+
+
+def check_channel_ops(ops: Ops, activation: Tensor, gradient: Tensor, twice: bool = True) -> list[str]:
+    """What is wrong with the channel ops on one pair: against float64, in what they add to, and between two runs."""
+    terms, eps = terms_of(activation, gradient), tolerance(activation.dtype)
+    expected, allowed = terms.sum(2), eps * terms.abs().sum(2)
+    sums = ops.channel_sums(activation, gradient)
+    found = [difference("channel_sums", sums, expected, allowed)]
+    if twice and not torch.equal(sums, ops.channel_sums(activation, gradient)):
+        found.append("channel_sums: two runs differ")
+    for reduction in REDUCTIONS:
+        result = ops.channel_importance(activation, gradient, reduction)
+        found.append(difference(reduction, result, *importance_of(terms, reduction, eps)))
+        if twice and not torch.equal(result, ops.channel_importance(activation, gradient, reduction)):
+            found.append(f"{reduction}: two runs differ")
+    for shape, total, error in ((sums.shape, expected, allowed), (sums.shape[1:], expected.sum(0), allowed.sum(0))):
+        before = torch.linspace(-1, 1, max(total.numel(), 1), dtype=sums.dtype)[: total.numel()].view(shape).to(sums.device)
+        after = before.clone()
+        ops.accumulate_channel_sums(activation, gradient, after)
+        start = before.cpu().double()
+        found.append(difference(f"accumulate {list(shape)}", after, start + total, error + eps * start.abs()))
+    return [problem for problem in found if problem]
+
+
+WEIGHTS: dict[str, tuple[Callable[[Source], Tensor], Callable[[Source], Tensor], int]] = {
+    "filters": (lambda m: m(16, 8, 3, 3), lambda m: m(16, 8, 3, 3), 0),
+    "filters, input side": (lambda m: m(16, 8, 3, 3), lambda m: m(16, 8, 3, 3), 1),
+    "filters, nhwc": (lambda m: _nhwc(m(16, 3, 3, 8)), lambda m: _nhwc(m(16, 3, 3, 8)), 0),
+    "filters, nhwc, input side": (lambda m: _nhwc(m(16, 3, 3, 8)), lambda m: _nhwc(m(16, 3, 3, 8)), 1),
+    "many filters, input side": (lambda m: m(70, 20, 3, 3), lambda m: m(70, 20, 3, 3), 1),
+    "1x1": (lambda m: m(24, 64, 1, 1), lambda m: m(24, 64, 1, 1), 0),
+    "1x1, input side": (lambda m: m(24, 88, 1, 1), lambda m: m(24, 88, 1, 1), 1),
+    "7x7": (lambda m: m(10, 3, 7, 7), lambda m: m(10, 3, 7, 7), 0),
+    "7x7, input side": (lambda m: m(10, 3, 7, 7), lambda m: m(10, 3, 7, 7), 1),
+    "linear": (lambda m: m(24, 33), lambda m: m(24, 33), 0),
+    "linear, input side": (lambda m: m(24, 33), lambda m: m(24, 33), 1),
+    "tall, input side": (lambda m: m(1100, 24), lambda m: m(1100, 24), 1),
+    "linear, turned": (lambda m: m(24, 40).t(), lambda m: m(24, 40).t(), 0),
+    "vector": (lambda m: m(300), lambda m: m(300), 0),
+    "long vector": (lambda m: m(5000), lambda m: m(5000), 0),
+    "depthwise": (lambda m: m(12, 1, 3, 3), lambda m: m(12, 1, 3, 3), 0),
+    "depthwise, input side": (lambda m: m(12, 1, 3, 3), lambda m: m(12, 1, 3, 3), 1),
+    "3d, middle": (lambda m: m(4, 6, 2, 8, 2), lambda m: m(4, 6, 2, 8, 2), 3),
+    "long filters": (lambda m: m(3, 9000), lambda m: m(3, 9000), 0),
+    "long filters, odd": (lambda m: m(2, 8193), lambda m: m(2, 8193), 0),
+    "broad rows, input side": (lambda m: m(5, 3, 300), lambda m: m(5, 3, 300), 1),
+    "two layouts": (lambda m: m(8, 6, 3, 3), lambda m: _nhwc(m(8, 3, 3, 6)), 0),
+    "two layouts, input side": (lambda m: m(8, 6, 3, 3), lambda m: _nhwc(m(8, 3, 3, 6)), 1),
+    "expanded gradient": (lambda m: m(8, 6, 3, 3), lambda m: m(1, 6, 1, 1).expand(8, 6, 3, 3), 1),
+    "cut": (lambda m: _cropped(m, 6, 5, 3), lambda m: _cropped(m, 6, 5, 3), 1),
+    "cut, 7d": (lambda m: _cropped(m, *[2] * 7), lambda m: _cropped(m, *[2] * 7), 3),
+    "one off": (lambda m: m(4 * 9 + 1)[1:].view(4, 9), lambda m: m(4 * 9 + 1)[1:].view(4, 9), 0),
+    "one number": (lambda m: m(1, 1), lambda m: m(1, 1), 1),
+    "no filters": (lambda m: m(0, 4), lambda m: m(0, 4), 0),
+    "nothing to sum": (lambda m: m(0, 4), lambda m: m(0, 4), 1),
+}
+
+WEIGHT_DTYPES = {
+    "fp32": ("fp32", "fp32"),
+    "fp32 and bf16": ("fp32", "bf16"),
+    "fp32 and fp16": ("fp32", "fp16"),
+    "bf16": ("bf16", "bf16"),
+    "fp16": ("fp16", "fp16"),
+    "fp64": ("fp64", "fp64"),
+}
+
+
+def make_weights(names: Sequence[str], types: str, seed: int = 0, device: str = "cpu") -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Weights, gradients and dims of named cases."""
+    weight, gradient = (source(DTYPES[name], seed + i, device) for i, name in enumerate(WEIGHT_DTYPES[types]))
+    made = [(WEIGHTS[name][0](weight), WEIGHTS[name][1](gradient), WEIGHTS[name][2]) for name in names]
+    weights, gradients, dims = (list(column) for column in zip(*made, strict=True))
+    return weights, gradients, dims
+
+
+def check_weight_importance(
+    ops: Ops,
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    dims: list[int],
+    reductions: Sequence[str] = WEIGHT_REDUCTIONS,
+) -> list[str]:
+    """What is wrong with weight_importance on one list: against float64 and between two runs."""
+    found = []
+    for reduction in reductions:
+        results = ops.weight_importance(weights, gradients, dims, reduction)
+        again = ops.weight_importance(weights, gradients, dims, reduction)
+        found += [] if len(results) == len(weights) else [f"{len(results)} results of {len(weights)}"]
+        for i, (result, repeated, weight, gradient, dim) in enumerate(zip(results, again, weights, gradients, dims, strict=True)):
+            products = weight.cpu().double() * gradient.cpu().double()
+            terms = products.movedim(dim, 0).reshape(weight.shape[dim], weight.numel() // max(weight.shape[dim], 1))
+            terms = {"sum": terms, "square": terms.square(), "abs": terms.abs()}[reduction]
+            allowed = tolerance(weight.dtype) * terms.abs().sum(1)
+            found.append(difference(f"{reduction} {i} {tuple(weight.shape)} dim {dim}", result, terms.sum(1), allowed))
+            found += [] if torch.equal(result, repeated) else [f"{reduction} {i}: two runs differ"]
+    return [problem for problem in found if problem]

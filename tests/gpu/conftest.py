@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.gpu import emulator
+from tests.gpu.cases import Ops
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ops]:
+    """The CUDA ops on CPU tensors."""
+    if emulator.compiler() is None:
+        pytest.skip("no C++ compiler on the PATH: the CUDA sources can't be compiled for the CPU")
+    library = emulator.build(tmp_path_factory.mktemp("emulated") / "csrc")
+    definitions = torch.library.Library("taylor_cuda_emulated", "DEF")
+    for schema in emulator.schemas():
+        definitions.define(schema)
+    torch.ops.load_library(str(library))
+    yield Ops(torch.ops.taylor_cuda_emulated)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that an op allocates holds NaN until it is written."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -1,0 +1,92 @@
+"""The CUDA kernels, thread by thread on the CPU (emulator.py), against float64. What only a GPU shows is in test_device.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.gpu import cases
+from tests.gpu.cases import Ops
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp64"])
+@pytest.mark.parametrize("layout", cases.PAIRS)
+def test_channel_ops_match_float64(emulated: Ops, layout: str, dtype: str) -> None:
+    assert cases.check_channel_ops(emulated, *cases.make_pair(layout, cases.DTYPES[dtype])) == []
+
+
+@pytest.mark.parametrize("types", cases.WEIGHT_DTYPES)
+def test_weight_importance_matches_float64(emulated: Ops, types: str) -> None:
+    assert cases.check_weight_importance(emulated, *cases.make_weights(list(cases.WEIGHTS), types)) == []
+
+
+def test_a_list_of_mixed_types_is_scored_in_order(emulated: Ops) -> None:
+    lists = [cases.make_weights(["filters", "vector", "two layouts"], types) for types in cases.WEIGHT_DTYPES]
+    weights, gradients, dims = ([item for one in lists for item in one[i]] for i in range(3))
+    assert cases.check_weight_importance(emulated, weights, gradients, dims) == []
+
+
+def test_more_tensors_than_a_table_holds(emulated: Ops) -> None:
+    names = ["depthwise", "vector", "linear, input side", "one number", "filters"] * 129 + ["cut"] * 201
+    assert cases.check_weight_importance(emulated, *cases.make_weights(names, "fp32"), reductions=("sum",)) == []
+
+
+@pytest.mark.parametrize("layout", ["nchw 7x7", "nhwc 7x7", "long rows", "nhwc 40x40", "[N, C]", "nhwc cropped", "5d cropped"])
+def test_the_order_of_threads_between_barriers_changes_no_bit(
+    emulated: Ops, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    activation, gradient = cases.make_pair(layout, torch.bfloat16)
+    weights = cases.make_weights(list(cases.WEIGHTS), "fp32")
+
+    def everything() -> list[Tensor]:
+        importance = [emulated.channel_importance(activation, gradient, reduction) for reduction in cases.REDUCTIONS]
+        return [emulated.channel_sums(activation, gradient), *importance, *emulated.weight_importance(*weights, "sum")]
+
+    forward = everything()
+    monkeypatch.setenv("EMULATED_ORDER", "1")
+    assert all(torch.equal(a, b) for a, b in zip(forward, everything(), strict=True))
+
+
+@pytest.mark.parametrize("layout", ["nchw 8x8", "nchw 24x24", "nhwc 7x7", "nhwc cropped", "[N, C]"])
+def test_whole_numbers_are_summed_exactly(emulated: Ops, layout: str) -> None:
+    activation, gradient = (x.mul_(3).round_() for x in cases.make_pair(layout, torch.float16))
+    terms = cases.terms_of(activation, gradient)
+    assert torch.equal(emulated.channel_sums(activation, gradient).double(), terms.sum(2))
+    for reduction in ("batch", "sample", "element"):
+        expected, _ = cases.importance_of(terms, reduction, 0.0)
+        assert torch.equal(emulated.channel_importance(activation, gradient, reduction).double(), expected)
+
+
+@pytest.mark.parametrize("layout", ["nchw 7x7", "nchw 33x31", "nhwc 7x7", "nhwc 13 channels", "[N, C] odd"])
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_nan_stays_in_its_channel(emulated: Ops, layout: str, reduction: str) -> None:
+    activation, gradient = cases.make_pair(layout, torch.float32)
+    clean = emulated.channel_importance(activation, gradient, reduction)
+    gradient[-1, 2].view(-1)[-1] = float("nan")
+    result = emulated.channel_importance(activation, gradient, reduction)
+    assert result.isnan().nonzero().flatten().tolist() == [2]
+    assert torch.equal(result[3:], clean[3:])
+
+
+BAD: dict[str, tuple[Callable[[Ops], object], str]] = {
+    "shapes": (lambda ops: ops.channel_sums(torch.ones(2, 3, 4), torch.ones(2, 3, 5)), "differ in dimension 2"),
+    "types": (lambda ops: ops.channel_sums(torch.ones(2, 3), torch.ones(2, 3).half()), "two tensors of one of"),
+    "whole numbers": (lambda ops: ops.channel_sums(*[torch.ones(2, 3, dtype=torch.int32)] * 2), "two tensors of one of"),
+    "reduction": (lambda ops: ops.channel_importance(*[torch.ones(2, 3)] * 2, "mean"), "unknown reduction mean"),
+    "sums": (lambda ops: ops.accumulate_channel_sums(*[torch.ones(2, 3)] * 2, torch.ones(2)), r"must be \[C\] or \[N, C\]"),
+    "weights": (lambda ops: ops.weight_importance([torch.ones(2).half()], [torch.ones(2)], [0], "sum"), "weight's type"),
+    "dims": (lambda ops: ops.weight_importance([torch.ones(2)], [torch.ones(2)], [1], "sum"), "no dimension 1"),
+    "lengths": (lambda ops: ops.weight_importance([torch.ones(2)], [torch.ones(2)], [], "sum"), "differ in length"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_refused(emulated: Ops, name: str) -> None:
+    call, message = BAD[name]
+    with pytest.raises(RuntimeError, match=message):
+        call(emulated)

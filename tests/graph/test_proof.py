@@ -1,0 +1,157 @@
+"""The proof: a wrong rule must not get through, whatever the model's own weights hide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taylor_cuda.errors import InputError
+from taylor_cuda.graph import rules
+from taylor_cuda.graph.flow import Flow
+from taylor_cuda.graph.rules import RULES, Op, tensors_in
+from taylor_cuda.graph.tracer import trace
+from tests.graph.checks import cut_error, no_zeros, random_plan
+from tests.graph.nets import C2f, Concat, ConvBN, Net, Residual, SqueezeExcite, Unknown, conv, image
+
+Rule = Callable[[Flow, Op], None]
+
+
+def changed_output(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Rule:
+    """The real rule, then ``change`` of the labels along dimension 1 of what comes out."""
+    right = RULES[name]
+
+    def wrong(flow: Flow, op: Op) -> None:
+        right(flow, op)
+        for out in tensors_in(op.out):
+            dims = flow.of(out)
+            if out.dim() > 1 and dims[1] is not None:
+                dims[1] = change(dims[1])
+                flow.put(out, dims)
+
+    return wrong
+
+
+def elementwise(flow: Flow, op: Op) -> None:
+    """Passes labels on, whatever the op does."""
+    flow.put(op.out, flow.of(op.x) if op.out.shape == op.x.shape else [None] * op.out.dim())
+
+
+def mean_over_anything(flow: Flow, op: Op) -> None:
+    """Freezes nothing."""
+    over, keepdim = op.dims(1, "dim", op.x.dim()), op.arg(2, "keepdim", False)
+    dims = flow.of(op.x)
+    flow.put(op.out, [None if d in over else x for d, x in enumerate(dims) if keepdim or d not in over])
+
+
+def first_operand(flow: Flow, op: Op) -> None:
+    """Joins nothing."""
+    flow.put(op.out, flow.of(op.x))
+
+
+def unjoined_norm(flow: Flow, op: Op) -> None:
+    """Forgets that weight, bias and statistics lie along the channels."""
+    flow.put(op.out[0] if isinstance(op.out, tuple) else op.out, flow.of(op.x))
+
+
+def split_apart(flow: Flow, op: Op) -> None:
+    """Takes the parts for independent channels."""
+    labels = flow.of(op.x)[1]
+    at = 0
+    for part in op.out:
+        width = part.shape[1]
+        flow.put(part, [None, labels[at : at + width], None, None])
+        at += width
+
+
+def broken(name: str) -> dict[str, Rule]:
+    return {
+        "reversed cat": {"cat": changed_output("cat", lambda x: x[::-1].copy())},
+        "rolled pool": {"max_pool2d_with_indices": changed_output("max_pool2d_with_indices", lambda x: np.roll(x, 1))},
+        "rolled relu": {"relu": changed_output("relu", lambda x: np.roll(x, 1))},
+        "softmax passes": {"_softmax": elementwise},
+        "mean passes": {"mean": mean_over_anything},
+        "add joins nothing": {"add": first_operand},
+        "norm joins nothing": {"native_batch_norm": unjoined_norm},
+        "split apart": {"split": split_apart},
+        "mul joins nothing": {"mul": first_operand},
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("fault", "make", "holds"),
+    [
+        ("reversed cat", Concat, {"c"}),
+        ("reversed cat", C2f, {"m1", "b"}),
+        ("rolled pool", ConvBN, {"b"}),
+        ("rolled relu", Residual, set()),
+        ("softmax passes", Unknown, {"d", "e"}),
+        ("mean passes", Unknown, {"d", "e"}),
+        ("add joins nothing", Residual, {"one"}),
+        ("norm joins nothing", ConvBN, {"b"}),
+        ("split apart", C2f, {"m1", "b"}),
+        ("mul joins nothing", SqueezeExcite, {"down", "b"}),
+    ],
+)
+def test_a_wrong_rule_is_caught(monkeypatch, fault, make, holds):
+    torch.manual_seed(0)
+    model = no_zeros(make()).eval()
+    for name, wrong in broken(fault).items():
+        monkeypatch.setitem(rules.RULES, name, wrong)
+    offered = trace(model, image(), prove=False)
+    with pytest.raises((RuntimeError, AssertionError)):  # the fault is one: what it offers can't be cut
+        for seed in range(5):
+            assert cut_error(model, offered, random_plan(offered, seed)) < 1e-5
+    if not holds:
+        with pytest.raises(InputError, match="cut and masked differ"):
+            trace(model, image())
+        return
+    proved = trace(model, image())
+    assert set(proved.sizes()) == holds
+    for seed in range(5):
+        assert cut_error(model, proved, random_plan(proved, seed)) < 1e-5
+
+
+class Hidden(Net):
+    """A wrong rule behind a norm whose weight is zero, a layer scale of 1e-6 and a head of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__(a=conv(3, 6), bn=nn.BatchNorm2d(6), b=conv(6, 4), fc=nn.Linear(4, 2))
+        self.scale = nn.Parameter(torch.full((4, 1, 1), 1e-6))
+        nn.init.zeros_(self.bn.weight)
+        nn.init.zeros_(self.fc.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(F.relu(self.bn(self.a(x))))
+        return self.fc(F.relu(x * self.scale).mean((2, 3)))
+
+
+def test_zero_weights_hide_nothing(monkeypatch):
+    model = Hidden()
+    assert set(trace(model, image()).sizes()) == {"a", "b"}
+    monkeypatch.setitem(rules.RULES, "relu", changed_output("relu", lambda x: np.roll(x, 1)))
+    with pytest.raises(InputError, match="cut and masked differ"):
+        trace(model, image())
+
+
+class Exponent(Net):
+    """Parameters that can't be just any numbers: a square root of one, an exponent."""
+
+    def __init__(self) -> None:
+        super().__init__(a=conv(3, 6), b=conv(6, 4), fc=nn.Linear(4, 2))
+        self.power = nn.Parameter(torch.full((6, 1, 1), 2.0))
+        self.log_scale = nn.Parameter(torch.full((4, 1, 1), -80.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.softplus(self.a(x)) ** self.power
+        x = self.b(x) * torch.exp(self.log_scale + 80) / torch.sqrt(-self.log_scale)
+        return self.fc(F.relu(x).mean((2, 3)))
+
+
+def test_parameters_with_a_range_are_proved_near_their_own_values():
+    groups = trace(Exponent(), image())
+    assert groups.sizes() == {"a": 6, "b": 4}
