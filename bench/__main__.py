@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for good, sentence in judge(rows):
             kept &= good
             print(f"{'kept  ' if good else 'MISSED'}  {sentence}")
-    return 0
+    return 0 if kept and not wrong else 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """The two passes behind every channel op: partial sums t[n, s, c] of samples n, splits s, channels c; then the finish.
 
 Two kernels make partial sums: one for channels that lie side by side, one for summed elements that do. Sizes and
-strides come in units of up to 16 bytes where they are multiples of it, so that one binary has wide loads for all of them.
+strides come in units of up to 16 bytes where they are multiples of it, so that one binary loads widely for all of them.
 """
 
 from __future__ import annotations

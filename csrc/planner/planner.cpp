@@ -298,10 +298,7 @@ void give_back(State& state) {
     }
     if (!holds) continue;
     state.falls(moves, /*apply=*/true);
-    if (common) {
-      state.entered[group] = false;
-      continue;
-    }
+    if (common) continue;
     offer(group, false);
     if (state.p.joined[group] >= 0) offer(state.p.joined[group], true);
   }

@@ -97,7 +97,7 @@ def add_parser(commands: Any) -> None:
     running.add_argument("--resume", action="store_true", help="go on where this command was interrupted")
     running.add_argument("--steps-limit", type=int, metavar="N", help="at most N minibatches an epoch, for a trial run")
     running.add_argument(
-        "--latency-seconds", type=float, metavar="X", help="time for each measurement of time (default: 5)"
+        "--measure-seconds", type=float, metavar="X", help="time for each measurement of time (default: 5)"
     )
 
 

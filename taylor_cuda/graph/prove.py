@@ -27,7 +27,7 @@ from taylor_cuda.graph.observe import (
 )
 from taylor_cuda.graph.randomise import jitter, randomise
 from taylor_cuda.graph.recorder import set_mode
-from taylor_cuda.graph.slicing import slice_model, tensor_keeps
+from taylor_cuda.graph.slicing import Keeps, slice_model, tensor_keeps
 
 __all__ = ["prove", "random_keep"]
 
@@ -87,6 +87,23 @@ class Proof:
             found = self._failure_in_mode(part, keep)
             if found:
                 return found
+        set_mode(self.model, False)
+        return self._failure_to_run(part, {group.name: torch.zeros(1, dtype=torch.int64) for group in chosen})
+
+    def _failure_to_run(self, part: Groups, keep: dict[str, Tensor]) -> Failure | None:
+        """Code whose result comes to nothing may still raise with few channels."""
+        return self._cut(part, keep, tensor_keeps(self.model, part, keep), Observed([], []))
+
+    def _cut(self, part: Groups, keep: dict[str, Tensor], keeps: Keeps, cut: Observed) -> Failure | None:
+        """Cut, run, restore."""
+        done = slice_model(self.model, part, keep, keeps)
+        try:
+            observe_cut(self.model, reader_weights(part), self.inputs, cut)
+        except Exception as error:
+            last = cut.inputs[-1][0] if cut.inputs else ""
+            return Failure(f"the code can't run with fewer channels: {_where(error)}", last)
+        finally:
+            done.restore()
         return None
 
     def _failure_in_mode(self, part: Groups, keep: dict[str, Tensor]) -> Failure | None:
@@ -95,14 +112,9 @@ class Proof:
         dims = {member.tensor: member.dim for group in part for member in group.role("read")}
         kept = {name: keeps[name][dims[name]] for name in weights if dims[name] in keeps.get(name, {})}
         cut = Observed([], [])
-        done = slice_model(self.model, part, keep, keeps)
-        try:
-            observe_cut(self.model, weights, self.inputs, cut)
-        except Exception as error:
-            last = cut.inputs[-1][0] if cut.inputs else ""
-            return Failure(f"the code can't run with fewer channels: {_where(error)}", last)
-        finally:
-            done.restore()
+        failure = self._cut(part, keep, keeps, cut)
+        if failure is not None:
+            return failure
         masked = observe_masked(self.model, part, keep, self.inputs)
         found = difference(masked, cut, kept, tolerance(self.model.parameters()))
         if found is None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,13 +54,18 @@ class Dispatched(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         namespace, _, name = str(getattr(func, "overloadpacket", func)).rpartition(".")
-        name = name if namespace in ("aten", "prim") else f"{namespace.rpartition('.')[2]}.{name}"
-        op = Op(name, args, kwargs, out)
-        found = None if "out" in kwargs else find_rule(name)
+        known = name if namespace in ("aten", "prim") else f"{namespace}.{name}"
+        found = None if "out" in kwargs else find_rule(known)
+        if found is None and isinstance(func, OpOverload):
+            with self:  # in inference mode composite ops arrive whole
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        op = Op(known, args, kwargs, out)
         if found is None:
-            self._unknown(func, op, f"no rule for {namespace or 'op'}.{name.rpartition('.')[2]}")
+            self._unknown(func, op, f"no rule for {namespace or 'op'}.{name}")
             return out
         try:
             found(self._flow, op)
@@ -77,6 +83,9 @@ class Dispatched(TorchDispatchMode):
         packet = getattr(func, "overloadpacket", None)
         if packet in flop_registry:
             flow.call(None, op.name, flop_registry[packet](*op.args, **op.kwargs, out_val=op.out) // 2)
+        elif op.name.startswith("_scaled_dot_product"):  # torch 2.11 doesn't count the one for the CPU
+            query, key, value = op.args[:3]
+            flow.call(None, op.name, query[..., 0].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1]))
 
 
 class Called(TorchFunctionMode):

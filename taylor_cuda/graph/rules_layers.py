@@ -106,26 +106,6 @@ def addmm(flow: Flow, op: Op) -> None:
     _product(flow, op, op.args[1], op.args[2], op.args[0], op.out)
 
 
-@rule("linear")
-def linear(flow: Flow, op: Op) -> None:
-    """A linear layer that the dispatcher left whole."""
-    x, weight, bias = op.args[0], op.args[1], op.arg(2, "bias")
-    dims = flow.of(x)
-    flow.freeze(dims[:-1], _ROWS)
-    flow.call(weight, "linear", prod(x.shape[:-1]))
-    if not _is_parameter(flow, weight):
-        flow.freeze([dims[-1]], _COMPUTED)
-        flow.computed(weight, weight.shape[0], _COMPUTED)
-        written = None
-    else:
-        flow.read(dims[-1], weight, 1)
-        flow.role(flow.source(weight), 0, "write")
-        written = flow.of(weight)[0]
-    if bias is not None:
-        flow.equal(flow.of(bias)[0], written, "the bias of a layer whose outputs stay")
-    flow.put(op.out, [*[None] * (len(dims) - 1), written])
-
-
 @rule("bmm", "baddbmm")
 def bmm(flow: Flow, op: Op) -> None:
     """A product of activations: what takes part in it stays."""

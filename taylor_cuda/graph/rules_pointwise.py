@@ -71,8 +71,9 @@ def _broadcast(flow: Flow, op: Op, tensors: list[Tensor], out: Tensor) -> Dims:
 
 
 @rule(
-    "add sub rsub maximum minimum where pow fmod remainder atan2 hypot lerp addcmul addcdiv _prelu_kernel rrelu_with_noise copysign",
-    "eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor masked_fill xlogy",
+    "add sub rsub maximum minimum where pow fmod remainder atan2 hypot lerp addcmul addcdiv copysign",
+    "_prelu_kernel rrelu_with_noise eq ne lt le gt ge masked_fill xlogy",
+    "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor",
 )
 def combined(flow: Flow, op: Op) -> None:
     """Elementwise over several tensors."""

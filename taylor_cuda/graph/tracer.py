@@ -148,7 +148,9 @@ def _without(groups: Groups, bad: dict[str, str]) -> None:
     """Move the groups that failed their proof to what is frozen."""
     kept: list[ChannelGroup] = [group for group in groups if group.name not in bad]
     failed = [
-        Frozen(group.name, group.role("write")[0].index.numel(), bad[group.name]) for group in groups if group.name in bad
+        Frozen(group.name, group.role("write")[0].index.numel(), bad[group.name])
+        for group in groups
+        if group.name in bad
     ]
     groups.groups = tuple(kept)
     groups.frozen = (*groups.frozen, *failed)

@@ -114,5 +114,7 @@ def weight_importance(
     """
     positive = checks.check_weight_lists(weights, gradients, dims)
     checks.check_reduction(reduction, WEIGHT_REDUCTIONS)
+    if not positive:
+        return []  # without a tensor the dispatcher has nothing to dispatch on
     result: list[Tensor] = library.weight_importance(list(weights), list(gradients), positive, reduction)
     return result

@@ -221,9 +221,7 @@ def _give_back(state: _State) -> None:
         if any(t - fall > limit for t, fall, limit in zip(state.totals, falls, state.problem.limits, strict=True)):
             continue
         state.apply(moves)
-        if common:
-            state.entered[group] = False
-        else:
+        if not common:
             offer(group, common=False)
             if state.problem.joined[group] >= 0:
                 offer(state.problem.joined[group], common=True)

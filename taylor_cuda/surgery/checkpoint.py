@@ -69,7 +69,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> nn.Module:
-    """Load a file of ``save`` into a freshly made model: cut it by the file's recipe, without tracing; copy the weights.
+    """Load a file of ``save`` into a fresh model: cut it by the file's recipe, without tracing, copy the weights.
 
     ::
 

@@ -69,7 +69,7 @@ def parse_positions(text: str, length: int) -> Tensor:
     ordered = all(first <= last for first, last in pairs) and all(a[1] < b[0] for a, b in itertools.pairwise(pairs))
     if not pairs or not ordered or pairs[0][0] < 0 or pairs[-1][1] >= length:
         raise InputError(f"recipe: {text[:60]!r} isn't a sorted list of positions below {length} like '0-11,13'")
-    return torch.cat([torch.arange(first, last + 1) for first, last in pairs])
+    return torch.from_numpy(np.concatenate([np.arange(first, last + 1) for first, last in pairs]))
 
 
 def recipe_of(model: nn.Module) -> Recipe:

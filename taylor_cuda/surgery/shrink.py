@@ -86,8 +86,8 @@ class Shrinking:
         missing = [name for name, p in self._tensors.items() if p.requires_grad and id(p) not in owned]
         if missing:
             raise InputError(
-                f"optimizer: it doesn't own {_first(missing)}, which this cut would slice; give the optimizer (or a list "
-                "of optimizers) that trains this very model, or none"
+                f"optimizer: it doesn't own {_first(missing)}, which this cut would slice; give the optimizer (or a "
+                "list of optimizers) that trains this very model, or none"
             )
 
     def _check_states(self) -> None:
@@ -98,9 +98,9 @@ class Shrinking:
                 for key, leaf in _state_tensors(optimizer.state.get(tensor, {})):
                     if not _fits(leaf, tensor.shape):
                         raise InputError(
-                            f"optimizer: state {key!r} of {name} has shape {tuple(leaf.shape)}, which doesn't follow the "
-                            f"parameter's {tuple(tensor.shape)} and can't be sliced; cut without the optimizer and build "
-                            "a new one"
+                            f"optimizer: state {key!r} of {name} has shape {tuple(leaf.shape)}, which doesn't follow "
+                            f"the parameter's {tuple(tensor.shape)} and can't be sliced; cut without the optimizer and "
+                            "build a new one"
                         )
 
 
@@ -229,8 +229,8 @@ def _check_memory(tensors: Mapping[str, Tensor], keeps: Keeps) -> None:
         other = owner.setdefault((tensor.device, tensor.data_ptr()), name)
         if other != name and (name in keeps or other in keeps):
             raise InputError(
-                f"model: {other} and {name} share memory but are different tensors, so a cut would separate them; share "
-                "the Parameter itself"
+                f"model: {other} and {name} share memory but are different tensors, so a cut would separate them; "
+                "share the Parameter itself"
             )
 
 

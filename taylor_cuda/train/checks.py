@@ -87,25 +87,27 @@ class SourceComparison:
             estimator.update()
 
     def greatest_difference(self) -> float | None:
-        """The greatest difference of a score relative to the mean score of its group; ``None`` before any step.
+        """The greatest |p - a| / max(p, a) over all units; ``None`` before any step.
 
-        Relative to the group and not to the score itself, because a channel whose terms cancel has a score that is all
-        rounding.
+        A score below a millionth of its group's mean is compared with that millionth: it is the square of terms that
+        cancel, and all rounding.
         """
         if not self._estimators or self._estimators[0].steps == 0:
             return None
         first, second = (estimator.scores() for estimator in self._estimators)
-        scale = {name: torch.maximum(score.mean(), second[name].mean()) for name, score in first.items()}
-        relative = [
-            ((score - second[name]).abs() / scale[name]).max() for name, score in first.items() if scale[name] > 0
-        ]
-        return float(torch.stack(relative).max()) if relative else 0.0
+        return max(_relative(p, second[name]) for name, p in first.items())
 
     def close(self) -> None:
         """Take the gates out of the model."""
         for estimator in self._estimators:
             estimator.close()
         self._estimators = []
+
+
+def _relative(p: Tensor, a: Tensor) -> float:
+    greater = torch.maximum(p, a)
+    floor = max(1e-6 * float(greater.mean()), torch.finfo(greater.dtype).tiny)
+    return float(((p - a).abs() / greater.clamp_min(floor)).max())
 
 
 @dataclasses.dataclass(frozen=True)

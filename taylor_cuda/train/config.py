@@ -137,8 +137,8 @@ class Summary:
         widths: per layer, outputs before and after.
         cut_difference: greatest absolute difference of an output between the cut and the masked model, over all cuts.
         cut_scale: the greatest absolute output in that comparison.
-        source_difference: greatest difference between scores of the first window from parameters and from activations,
-            relative to the mean score of the group.
+        source_difference: greatest relative difference of a score of the first window, from parameters against from
+            activations.
         source_note: why there is none.
         scoring_percent: what taking scores adds to a training step.
         step_ms: a training step without it.

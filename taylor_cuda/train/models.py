@@ -53,6 +53,8 @@ class ResidualBlock(nn.Module):
 class DigitsResNet(nn.Module):
     """The embedded default: a residual network for 8×8 images in two stages, the second twice as wide.
 
+    Convolutions start as in residual networks everywhere: normal, scaled to the outputs (He et al., ICCV 2015).
+
     Args:
         num_classes: outputs of the head.
         width: channels of the first stage.
@@ -65,6 +67,9 @@ class DigitsResNet(nn.Module):
         self.stage2 = nn.Sequential(ResidualBlock(width, 2 * width, stride=2), ResidualBlock(2 * width, 2 * width))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(2 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[N, 1, 8, 8]`` to logits ``[N, num_classes]``."""

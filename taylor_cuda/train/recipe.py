@@ -175,9 +175,7 @@ class Stages:
         model = copy.deepcopy(session.original)
         model.load_state_dict(session.model.state_dict())
         batch = to_device(next(session.train_batches()), session.device)
-        cost = scoring_cost(
-            model, pruner.groups, batch, self.config.criterion, seconds=self.config.measure_seconds
-        )
+        cost = scoring_cost(model, pruner.groups, batch, self.config.criterion, seconds=self.config.measure_seconds)
         session.measured.scoring_percent, session.measured.step_ms = cost.percent, cost.step_ms
 
     def _finetune(self) -> None:

@@ -18,7 +18,7 @@ from taylor_cuda.train.loop import evaluate
 from taylor_cuda.train.models import DigitsResNet
 from tests.train.image_folders import make_image_folder
 
-TINY = ("--epochs", "1", "--steps-limit", "4", "--every", "2", "--steps", "3", "--latency-seconds", "0.05")
+TINY = ("--epochs", "1", "--steps-limit", "4", "--every", "2", "--steps", "3", "--measure-seconds", "0.05")
 FILES = ["log.jsonl", "model.safetensors", "summary.json", "widths.svg"]
 
 
@@ -187,7 +187,7 @@ def test_image_folder_with_a_zoo_model(monkeypatch, tmp_path):
     monkeypatch.setattr(recipe, "save", save_and_remember)
     code = prune(
         "torchvision:resnet18", "--data", data, "--budget", "macs=0.5", "--epochs", "1", "--image-size", "64",
-        "--batch", "8", "--every", "2", "--steps", "2", "--workers", "1", "--latency-seconds", "0.01", "--out", out,
+        "--batch", "8", "--every", "2", "--steps", "2", "--workers", "1", "--measure-seconds", "0.01", "--out", out,
     )  # fmt: skip
     assert code == 0
     model = load(torchvision.models.resnet18(), out / "model.safetensors").eval()

@@ -92,7 +92,7 @@ def make_pair(name: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu")
 
 
 def terms_of(activation: Tensor, gradient: Tensor) -> Tensor:
-    """The products a·g in float64, [N, C, L], on the CPU: exact for inputs of up to 32 bits but for the last of 53 bits."""
+    """The products a·g in float64, [N, C, L], on the CPU."""
     n, c = activation.shape[:2]
     terms = activation.detach().cpu().double() * gradient.detach().cpu().double()
     length = terms.numel() // (n * c) if n * c else 0
@@ -127,7 +127,11 @@ def difference(name: str, actual: Tensor, expected: Tensor, allowed: Tensor) -> 
     error = (actual.double() - expected).abs()
     if bool((error <= allowed + torch.finfo(torch.float32).tiny).all()):
         return ""
-    at = int((error / (allowed + torch.finfo(torch.float32).tiny)).nan_to_num(float("inf")).argmax()) if error.numel() else 0
+    at = (
+        int((error / (allowed + torch.finfo(torch.float32).tiny)).nan_to_num(float("inf")).argmax())
+        if error.numel()
+        else 0
+    )
     return f"{name}: {actual.flatten()[at]:.9g}, wanted {expected.flatten()[at]:.9g} within {allowed.flatten()[at]:.3g}"
 
 
@@ -155,7 +159,9 @@ def check_channel_ops(ops: Ops, activation: Tensor, gradient: Tensor, twice: boo
         if twice and not torch.equal(result, ops.channel_importance(activation, gradient, reduction)):
             found.append(f"{reduction}: two runs differ")
     for shape, total, error in ((sums.shape, expected, allowed), (sums.shape[1:], expected.sum(0), allowed.sum(0))):
-        before = torch.linspace(-1, 1, max(total.numel(), 1), dtype=sums.dtype)[: total.numel()].view(shape).to(sums.device)
+        before = (
+            torch.linspace(-1, 1, max(total.numel(), 1), dtype=sums.dtype)[: total.numel()].view(shape).to(sums.device)
+        )
         after = before.clone()
         ops.accumulate_channel_sums(activation, gradient, after)
         start = before.cpu().double()
@@ -206,7 +212,9 @@ WEIGHT_DTYPES = {
 }
 
 
-def make_weights(names: Sequence[str], types: str, seed: int = 0, device: str = "cpu") -> tuple[list[Tensor], list[Tensor], list[int]]:
+def make_weights(
+    names: Sequence[str], types: str, seed: int = 0, device: str = "cpu"
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
     """Weights, gradients and dims of named cases."""
     weight, gradient = (source(DTYPES[name], seed + i, device) for i, name in enumerate(WEIGHT_DTYPES[types]))
     made = [(WEIGHTS[name][0](weight), WEIGHTS[name][1](gradient), WEIGHTS[name][2]) for name in names]
@@ -227,7 +235,9 @@ def check_weight_importance(
         results = ops.weight_importance(weights, gradients, dims, reduction)
         again = ops.weight_importance(weights, gradients, dims, reduction)
         found += [] if len(results) == len(weights) else [f"{len(results)} results of {len(weights)}"]
-        for i, (result, repeated, weight, gradient, dim) in enumerate(zip(results, again, weights, gradients, dims, strict=True)):
+        for i, (result, repeated, weight, gradient, dim) in enumerate(
+            zip(results, again, weights, gradients, dims, strict=True)
+        ):
             products = weight.cpu().double() * gradient.cpu().double()
             terms = products.movedim(dim, 0).reshape(weight.shape[dim], weight.numel() // max(weight.shape[dim], 1))
             terms = {"sum": terms, "square": terms.square(), "abs": terms.abs()}[reduction]

@@ -8,18 +8,19 @@ import torch
 from tests.gpu import emulator
 from tests.gpu.cases import Ops
 
+DEFINITIONS = torch.library.Library("taylor_cuda_emulated", "DEF")  # kept alive: the ops die with it
+
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ops]:
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Ops:
     """The CUDA ops on CPU tensors."""
     if emulator.compiler() is None:
         pytest.skip("no C++ compiler on the PATH: the CUDA sources can't be compiled for the CPU")
     library = emulator.build(tmp_path_factory.mktemp("emulated") / "csrc")
-    definitions = torch.library.Library("taylor_cuda_emulated", "DEF")
     for schema in emulator.schemas():
-        definitions.define(schema)
+        DEFINITIONS.define(schema)
     torch.ops.load_library(str(library))
-    yield Ops(torch.ops.taylor_cuda_emulated)
+    return Ops(torch.ops.taylor_cuda_emulated)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The CUDA sources compiled with the host's compiler, to run on CPU tensors: emulation/cuda_runtime.h plays the GPU.
 
-Three things are replaced in a copy of the sources: launches (``<<<...>>>`` is no C++), the namespace of the ops, and the calls that
-ask torch for a CUDA stream or device. Everything else, index arithmetic, shared memory, shuffles and barriers included, is what
-nvcc compiles.
+Three things are replaced in a copy of the sources: launches (``<<<...>>>`` is no C++), the namespace of the ops, and
+the calls that ask torch for a CUDA stream or device. Everything else is what nvcc compiles: index arithmetic, shared
+memory, shuffles, barriers.
 """
 
 from __future__ import annotations
@@ -54,9 +54,22 @@ def _compile(path: Path) -> Path:
     target = path.with_suffix(".o")
     names = [f"-D{name}={other}" for name, other in RENAMED.items()]
     folders = ["-I", str(Path(__file__).parent / "emulation"), "-isystem", str(torch_folder() / "include")]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-fvisibility=hidden", "-w", *STABLE_ABI, *names, *folders]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-U_FORTIFY_SOURCE",
+        "-fvisibility=hidden",
+        "-w",
+        *STABLE_ABI,
+        *names,
+        *folders,
+    ]
     done = subprocess.run(
-        [str(compiler()), *flags, "-x", "c++", "-c", str(path), "-o", str(target)], capture_output=True, text=True, check=False
+        [str(compiler()), *flags, "-x", "c++", "-c", str(path), "-o", str(target)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         raise RuntimeError(f"{path.name}:\n{done.stderr[-4000:]}")

@@ -1,6 +1,7 @@
-"""Runs the Triton kernels in Triton's interpreter, on CPU tensors, and writes what is wrong as JSON: {"layout, type": [...]}.
+"""Runs the Triton kernels in Triton's interpreter, on CPU tensors: ``python -m tests.gpu.interpreted FILE``.
 
-A process of its own, because TRITON_INTERPRET is read when a kernel is decorated: ``python -m tests.gpu.interpreted FILE``.
+What is wrong goes into the file as JSON, {"layout, type": [...]}. It is a process of its own, because TRITON_INTERPRET
+is read when a kernel is decorated.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def triton_ops() -> cases.Ops:
     from taylor_cuda.kernels.channel_sums import channel_sums
 
     ops = SimpleNamespace(
-        channel_sums=channel_sums, channel_importance=channel_importance, accumulate_channel_sums=accumulate_channel_sums
+        channel_sums=channel_sums,
+        channel_importance=channel_importance,
+        accumulate_channel_sums=accumulate_channel_sums,
     )
     return cases.Ops(ops)
 
@@ -50,7 +53,9 @@ def nan_case(ops: cases.Ops) -> list[str]:
     activation, gradient = cases.make_pair("nchw 7x7", torch.float32)
     gradient[-1, 2, -1, -1] = float("nan")
     found = [ops.channel_importance(activation, gradient, reduction).isnan() for reduction in cases.REDUCTIONS]
-    return [] if all(where.nonzero().flatten().tolist() == [2] for where in found) else ["NaN in another channel, or lost"]
+    return (
+        [] if all(where.nonzero().flatten().tolist() == [2] for where in found) else ["NaN in another channel, or lost"]
+    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def kernels_of(cubin: Path) -> list[Kernel]:
     """Every kernel of a cubin."""
     usage = _run("--dump-resource-usage", cubin)
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
-    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", _run("--dump-sass", cubin), flags=re.DOTALL))
+    code = dict(
+        re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", _run("--dump-sass", cubin), flags=re.DOTALL)
+    )
     instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
     return [Kernel(name, int(reg), int(stack), tuple(instruction.findall(code[name]))) for name, reg, stack in found]
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels, thread by thread on the CPU (emulator.py), against float64. What only a GPU shows is in test_device.py."""
+"""The CUDA kernels against float64, thread by thread on the CPU (see emulator.py)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def test_more_tensors_than_a_table_holds(emulated: Ops) -> None:
     assert cases.check_weight_importance(emulated, *cases.make_weights(names, "fp32"), reductions=("sum",)) == []
 
 
-@pytest.mark.parametrize("layout", ["nchw 7x7", "nhwc 7x7", "long rows", "nhwc 40x40", "[N, C]", "nhwc cropped", "5d cropped"])
+@pytest.mark.parametrize(
+    "layout", ["nchw 7x7", "nhwc 7x7", "long rows", "nhwc 40x40", "[N, C]", "nhwc cropped", "5d cropped"]
+)
 def test_the_order_of_threads_between_barriers_changes_no_bit(
     emulated: Ops, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,10 +78,19 @@ def test_nan_stays_in_its_channel(emulated: Ops, layout: str, reduction: str) ->
 BAD: dict[str, tuple[Callable[[Ops], object], str]] = {
     "shapes": (lambda ops: ops.channel_sums(torch.ones(2, 3, 4), torch.ones(2, 3, 5)), "differ in dimension 2"),
     "types": (lambda ops: ops.channel_sums(torch.ones(2, 3), torch.ones(2, 3).half()), "two tensors of one of"),
-    "whole numbers": (lambda ops: ops.channel_sums(*[torch.ones(2, 3, dtype=torch.int32)] * 2), "two tensors of one of"),
+    "whole numbers": (
+        lambda ops: ops.channel_sums(*[torch.ones(2, 3, dtype=torch.int32)] * 2),
+        "two tensors of one of",
+    ),
     "reduction": (lambda ops: ops.channel_importance(*[torch.ones(2, 3)] * 2, "mean"), "unknown reduction mean"),
-    "sums": (lambda ops: ops.accumulate_channel_sums(*[torch.ones(2, 3)] * 2, torch.ones(2)), r"must be \[C\] or \[N, C\]"),
-    "weights": (lambda ops: ops.weight_importance([torch.ones(2).half()], [torch.ones(2)], [0], "sum"), "weight's type"),
+    "sums": (
+        lambda ops: ops.accumulate_channel_sums(*[torch.ones(2, 3)] * 2, torch.ones(2)),
+        r"must be \[C\] or \[N, C\]",
+    ),
+    "weights": (
+        lambda ops: ops.weight_importance([torch.ones(2).half()], [torch.ones(2)], [0], "sum"),
+        "weight's type",
+    ),
     "dims": (lambda ops: ops.weight_importance([torch.ones(2)], [torch.ones(2)], [1], "sum"), "no dimension 1"),
     "lengths": (lambda ops: ops.weight_importance([torch.ones(2)], [torch.ones(2)], [], "sum"), "differ in length"),
 }

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter against float64. It shows neither races nor what a GPU rounds: see test_device.py."""
+"""The Triton kernels against float64 in Triton's interpreter, which shows neither races nor what a GPU rounds."""
 
 from __future__ import annotations
 

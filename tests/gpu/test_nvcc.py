@@ -1,4 +1,4 @@
-"""Every CUDA source compiled by nvcc for a Hopper GPU: no spills, and 16-byte loads where the sources say so. Needs no GPU."""
+"""Every CUDA source compiled by nvcc for Hopper, without a GPU: no spills, 16-byte loads where the sources say so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.gpu import emulator, sass
 
-# Kernels that load 16 bytes at a time: columns (at one stride, at several), rows and packed rows of four types; six pairs of types.
+# Kernels with 16-byte loads: columns (at one stride, at several), rows, packed rows of four types; six pairs of types.
 WIDE_KERNELS = {"accumulate_channel_sums": 0, "channel_importance": 16, "channel_sums": 16, "weight_importance": 6}
 SOURCES = sorted((emulator.ROOT / "csrc" / "cuda").glob("*.cu"))
 WIDE = re.compile(r"(column_sums|row_sums|packed_sums)_kernelI\w+?Li[248]E|\d(weights)_kernelI")
@@ -21,7 +21,9 @@ WIDE = re.compile(r"(column_sums|row_sums|packed_sums)_kernelI\w+?Li[248]E|\d(we
 def nvcc() -> str | None:
     """The CUDA compiler: of CUDA_HOME, on the PATH, or where it is installed by default."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    return next((path for home in homes if home and (path := shutil.which("nvcc", path=f"{home}/bin"))), shutil.which("nvcc"))
+    return next(
+        (path for home in homes if home and (path := shutil.which("nvcc", path=f"{home}/bin"))), shutil.which("nvcc")
+    )
 
 
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc (looked in CUDA_HOME, /usr/local/cuda and on the PATH)")
@@ -33,7 +35,9 @@ def test_compiles_without_spills(source: Path, tmp_path: Path) -> None:
     command = [str(nvcc()), *flags, *folders, "-cubin", str(source), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    report = re.findall(r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", done.stderr)
+    report = re.findall(
+        r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", done.stderr
+    )
     assert report
     assert [name for name, *numbers in report if any(map(int, numbers))] == []
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]

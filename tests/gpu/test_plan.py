@@ -1,4 +1,4 @@
-"""Which thread reads what, for shapes too large to run here: the planning headers of csrc/cuda, compiled and walked on the CPU."""
+"""Which thread reads what, for shapes too large to run here: the planning headers of csrc/cuda, walked on the CPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What may be cut from the networks of ``nets.py``, worked out by hand.
 
-A place is written ``tensor:dimension`` and ``w`` write, ``r`` read, ``n`` norm or ``o`` other, with ``*width`` where a unit
-takes more than one position. ``FROZEN``: written channels that stay, besides those of the last layer, and why.
+A place is written ``tensor:dimension`` and ``w`` write, ``r`` read, ``n`` norm or ``o`` other, with ``*width`` where a
+unit takes more than one position. ``FROZEN``: written channels that stay, besides those of the last layer, and why.
 """
 
 from __future__ import annotations

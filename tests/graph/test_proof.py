@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph import rules
 from taylor_cuda.graph.flow import Flow
+from taylor_cuda.graph.groups import Groups
 from taylor_cuda.graph.rules import RULES, Op, tensors_in
 from taylor_cuda.graph.tracer import trace
 from tests.graph.checks import cut_error, no_zeros, random_plan
@@ -103,17 +104,20 @@ def test_a_wrong_rule_is_caught(monkeypatch, fault, make, holds):
     for name, wrong in broken(fault).items():
         monkeypatch.setitem(rules.RULES, name, wrong)
     offered = trace(model, image(), prove=False)
-    with pytest.raises((RuntimeError, AssertionError)):  # the fault is one: what it offers can't be cut
-        for seed in range(5):
-            assert cut_error(model, offered, random_plan(offered, seed)) < 1e-5
+    # the fault is one: what it offers can't be cut
+    with pytest.raises((RuntimeError, AssertionError)):
+        assert greatest_error(model, offered) < 1e-5
     if not holds:
         with pytest.raises(InputError, match="cut and masked differ"):
             trace(model, image())
         return
     proved = trace(model, image())
     assert set(proved.sizes()) == holds
-    for seed in range(5):
-        assert cut_error(model, proved, random_plan(proved, seed)) < 1e-5
+    assert greatest_error(model, proved) < 1e-5
+
+
+def greatest_error(model: nn.Module, groups: Groups) -> float:
+    return max(cut_error(model, groups, random_plan(groups, seed)) for seed in range(5))
 
 
 class Hidden(Net):

@@ -69,7 +69,7 @@ def x(*shape: int) -> Tensor:
         ((2, 3, 4), lambda x: x.max(2).values + x.var(2) + x.std((2,), keepdim=True)[..., 0], [None, [0, 1, 2]]),
         ((2, 3, 4), lambda x: F.softmax(x, 2).cumsum(2).sum(2), [None, [0, 1, 2]]),
         ((2, 3, 4), lambda x: F.normalize(x, dim=2), [None, [0, 1, 2], None]),
-        ((2, 3, 4), lambda x: torch.where(x > 0, x, torch.zeros_like(x)).masked_fill(x < 0, 0), [None, [0, 1, 2], None]),
+        ((2, 3, 4), lambda x: torch.where(x > 0, x, torch.zeros_like(x)).abs(), [None, [0, 1, 2], None]),
         ((2, 3, 4), lambda x: x.mean(1).unsqueeze(1).expand(2, 3, 4), [None, None, None]),
     ],
 )  # fmt: skip

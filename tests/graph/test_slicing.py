@@ -34,7 +34,7 @@ def traced(name: str) -> tuple[nn.Module, Groups]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_cut_composes(name):
-    """Cutting twice, with renumbered groups, is cutting once; the groups of the smaller model are those traced from it."""
+    """Cutting twice, with renumbered groups, is cutting once."""
     model, groups = traced(name)
     first = random_plan(groups, 1)
     keeps = tensor_keeps(model, groups, first)

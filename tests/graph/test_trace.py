@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.tracer import trace
-from tests.graph.checks import places
+from tests.graph.checks import cut_error, places
 from tests.graph.nets import NETS, ConvBN, Net, Residual, SecondOutput, Shared, conv, image
 
 
@@ -181,7 +181,7 @@ def test_models_that_cannot_be_traced(model, message):
 
 def test_a_compiled_model_is_refused():
     compiled = torch.compile(ConvBN(), backend="eager")
-    with pytest.raises(InputError, match="was compiled by torch.compile; pass the original module"):
+    with pytest.raises(InputError, match=r"was compiled by torch\.compile.*; pass the original module"):
         trace(compiled, image())
     with pytest.raises(InputError, match=r"compiled by torch.compile \(at 0\)"):
         trace(nn.Sequential(compiled), image())
@@ -273,6 +273,40 @@ def test_inner_autocast_keeps_the_weights_known():
                 return super().forward(x)
 
     assert trace(Cast(), image(), prove=False).sizes() == {"a": 8, "b": 4}
+
+
+@pytest.mark.parametrize("name", ["conv_bn", "mlp", "layer_norm", "group_norm", "c2f", "three_d", "transposed"])
+def test_a_forward_pass_in_inference_mode(name):
+    make, inputs = NETS[name]
+
+    class Inference(make):
+        @torch.inference_mode()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    expected = {group.name: places(group) for group in trace(make(), inputs())}
+    assert {group.name: places(group) for group in trace(Inference(), inputs())} == expected
+
+
+class Words(Net):
+    """A table of vectors, summed; the table's rows stay."""
+
+    def __init__(self) -> None:
+        super().__init__(table=nn.Embedding(9, 6), norm=nn.LayerNorm(6), up=nn.Linear(6, 5), down=nn.Linear(5, 2))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(self.norm(self.table(index).mean(1)))))
+
+
+def test_embeddings():
+    model = Words()
+    groups = trace(model, torch.randint(0, 9, (3, 4)))
+    table = "table.weight:1w norm.weight:0n norm.bias:0n up.weight:1r"
+    assert {group.name: (group.size, places(group)) for group in groups} == {
+        "table": (6, table),
+        "up": (5, "up.weight:0w up.bias:0o down.weight:1r"),
+    }
+    assert cut_error(model, groups, {"table": torch.tensor([1, 2, 5]), "up": torch.tensor([0, 3])}) < 1e-5
 
 
 def test_sixteen_bit_models():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
@@ -124,44 +126,49 @@ def restore(p: Problem, counts: list[int]) -> list[int]:
         counts = min(fits)[2]
 
 
-@st.composite
-def problems(draw: st.DrawFn, costs: int = 3, joined: bool = True, feasible: bool = True) -> Problem:
-    """Problems of up to five groups with ties, zero and negative values, and up to three limits."""
-    count = draw(st.integers(1, 5))
-    small = st.integers(1, 9)
-    sizes = draw(st.lists(small, min_size=count, max_size=count))
-    quantum = draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))
-    floors = [draw(st.integers(1, size)) for size in sizes]
-    first, lowest = [], []
-    for size, step, floor in zip(sizes, quantum, floors, strict=True):
-        low, high = -(-floor // step) * step, (size - 1) // step * step
-        first.append(high if low <= high else size)
-        lowest.append(low if low <= high else size)
-    number = st.sampled_from([-2.5, 0.0, 0.1, 0.3, 1.0, 1.0, 2.0, 3.3, 7.0])
-    values = [sorted(draw(st.lists(number, min_size=size, max_size=size))) for size in sizes]
-    factor = st.dictionaries(st.integers(0, count - 1), st.integers(1, 3), min_size=1, max_size=3)
-    widths = [list(w.items()) for w in draw(st.lists(factor, min_size=1, max_size=5))]
-    constants = draw(st.lists(st.integers(0, 4), min_size=len(widths), max_size=len(widths)))
-    product = st.lists(st.integers(0, len(widths) - 1), min_size=1, max_size=3)
-    products = draw(st.lists(product, min_size=1, max_size=5))
-    rows = draw(st.integers(1, costs))
-    coefficient = st.lists(st.integers(0, 5), min_size=len(products), max_size=len(products))
-    coefficients = [draw(coefficient) for _ in range(rows)]
-    sets = [-1] * count
-    if joined:
-        members = [g for g in range(count) if first[g] < sizes[g] and draw(st.booleans())]
-        if len(members) > 1 and any(sizes[g] % quantum[g] for g in members):
-            for g in members:
-                sets[g] = members[0]
-    unlimited = Problem(
-        *(sizes, first, lowest, quantum, sets, values, constants, widths, products, coefficients),
-        originals=[1] * rows,
-        limits=[0] * rows,
-        per_cost=draw(st.booleans()),
-    )
-    start, end = totals(unlimited, sizes), totals(unlimited, lowest_counts(unlimited))
-    unlimited.originals[:] = [max(cost, 1) for cost in start]
-    unlimited.limits[:] = [
-        draw(st.integers(low if feasible else 0, high)) for low, high in zip(end, start, strict=True)
+def random_problem(seed: int, groups: int, costs: int, joined: bool = True, feasible: bool = True) -> Problem:
+    """Coupled costs, odd quanta, ties, zero and negative values, and limits anywhere between least and full cost."""
+    rng = random.Random(seed)
+    sizes = [rng.randint(1, 9) for _ in range(groups)]
+    quantum = [rng.choice([1, 2, 2, 3]) for _ in range(groups)]
+    lowest = [-(-rng.randint(1, size) // step) * step for size, step in zip(sizes, quantum, strict=True)]
+    first = [(size - 1) // step * step for size, step in zip(sizes, quantum, strict=True)]
+    for g, size in enumerate(sizes):
+        if lowest[g] > first[g]:
+            lowest[g] = first[g] = size
+    scale = rng.choice([1.0, 0.1])
+    draw_value = rng.choice([lambda: rng.choice([-2.5, 0.0, 0.0, 0.1, 1.0, 1.0, 2.0, 7.0]), lambda: rng.random() - 0.1])
+    values = [sorted(scale * draw_value() for _ in range(size)) for size in sizes]
+    factors = rng.randint(1, 6)
+    widths = [
+        [(g, rng.randint(1, 3)) for g in rng.sample(range(groups), min(groups, 1 + f % 2))] for f in range(factors)
     ]
-    return unlimited
+    products = [[rng.randrange(factors) for _ in range(rng.randint(1, 3))] for _ in range(rng.randint(1, 6))]
+    coefficients = [[max(0, rng.randint(-9, 40)) for _ in products] for _ in range(costs)]
+    sets = [-1] * groups
+    members = [g for g in range(groups) if first[g] < sizes[g] and rng.random() < 0.75]
+    if joined and len(members) > 1 and any(sizes[g] % quantum[g] for g in members):
+        for g in members:
+            sets[g] = members[0]
+    problem = Problem(
+        *(sizes, first, lowest, quantum, sets, values, [rng.randint(0, 4) for _ in widths], widths, products),
+        coefficients=coefficients,
+        originals=[1] * costs,
+        limits=[0] * costs,
+        per_cost=rng.random() < 0.7,
+    )
+    start, end = totals(problem, sizes), totals(problem, lowest_counts(problem))
+    limits = [rng.randint(low if feasible else low // 2, high) for low, high in zip(end, start, strict=True)]
+    return replace(problem, originals=[max(cost, 1) for cost in start], limits=limits)
+
+
+def problems(costs: int = 3, joined: bool = True, feasible: bool = True) -> st.SearchStrategy[Problem]:
+    """``random_problem`` with one to five groups and up to ``costs`` limits."""
+    return st.builds(
+        random_problem,
+        seed=st.integers(0, 2**32),
+        groups=st.integers(1, 5),
+        costs=st.integers(1, costs),
+        joined=st.just(joined),
+        feasible=st.just(feasible),
+    )

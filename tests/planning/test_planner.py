@@ -101,8 +101,8 @@ def test_several_budgets_hold_at_once_and_each_matters() -> None:
 def test_savings_of_several_budgets_are_fractions_of_the_original() -> None:
     """One unit of either group meets both; 1 of conv2 saves 404 of 11984 MACs and 27 of 287 parameters, together 0.128.
 
-    One of conv1 costs 3 and saves 64 · 31 MACs and 33 parameters, together 0.28: more than twice as much, for three times
-    the value. Were MACs and parameters added as they are, it would be 4.7 times as much.
+    One of conv1 costs 3 and saves 64 · 31 MACs and 33 parameters, together 0.28: more than twice as much, for three
+    times the value. Were MACs and parameters added as they are, it would be 4.7 times as much.
     """
     model, groups = chain()
     scores = squares(conv1=[3, 9, 9, 9, 9, 9], conv2=[9, 9, 9, 1])

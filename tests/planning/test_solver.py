@@ -38,6 +38,21 @@ def test_same_counts_as_the_plain_restatement(solve, problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("solve", SOLVERS, ids=IDS)
+def test_a_joined_set_goes_and_comes_back_together(solve) -> None:
+    """Groups 0 and 1 have 3 units and keep 2 or all; group 2 can save 10 of 26.
+
+    The 1 + 1 of the set for 2 go first, the 15 for 10 next: 14 are left of at most 16, so the set comes back.
+    """
+    problem = Problem(
+        *([3, 3, 2], [2, 2, 1], [2, 2, 1], [2, 2, 1], [0, 0, -1], [[1.0, 5, 5], [1.0, 5, 5], [15.0, 20]]),
+        *([0, 0, 0], [[(0, 1)], [(1, 1)], [(2, 1)]], [[0], [1], [2]], [[1, 1, 10]], [26], [16], True),
+    )
+    assert solve(problem) == [3, 3, 1]
+    assert solve(replace(problem, limits=[15])) == [2, 2, 1]
+    assert solve(replace(problem, limits=[24])) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("solve", SOLVERS, ids=IDS)
 @settings(max_examples=200, deadline=None)
 @given(problem=problems())
 def test_limits_and_floors_hold_and_nothing_more_can_be_given_back(solve, problem: Problem) -> None:

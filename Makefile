@@ -1,0 +1,44 @@
+# Each target makes .venv first, so each works after a clone, with Python and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: prune test bench device lint clean
+
+prune: $(VENV)/built
+	$(BIN)/taylor-cuda prune
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/built
+	$(BIN)/python -m pip install --quiet clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+bench: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,train,bench]"
+	$(BIN)/python -m bench --check
+
+# On a machine with a GPU, whose own Python has a CUDA build of torch, Triton, ninja, pybind11 and pytest: nothing is downloaded.
+device:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make device needs a GPU that torch can use'"
+	TAYLOR_CUDA_BUILD=cuda $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) -m pytest tests/gpu tests/ops -q -x --timeout 240 -p no:cacheprovider
+	$(PYTHON) -m bench --device cuda --time-limit 240
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info taylor_cuda/*.so
+
+$(VENV)/packages: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch torchvision "setuptools>=77" wheel ninja pybind11
+	touch $@
+
+$(VENV)/built: $(VENV)/packages $(NATIVE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,train]"
+	touch $@

@@ -1,0 +1,26 @@
+"""What every test relies on."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    try:
+        importlib.import_module("taylor_cuda.kernels")
+    except ModuleNotFoundError as error:
+        raise pytest.UsageError(f"{error}: install the package first, pip install --no-build-isolation -e .") from error
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """The same random numbers for every test, whichever ran before, and no setting left behind."""
+    torch.manual_seed(0)
+    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(grad)

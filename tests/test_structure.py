@@ -1,0 +1,141 @@
+"""The shape of the project: which way imports point, what importing costs, what the linters say."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import taylor_cuda
+from taylor_cuda.ops import backends, library, reference
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "taylor_cuda"
+
+# In the order in which a model flows through them: a stage may import from itself and from those before it.
+STAGES = ["errors", "text", "ops", "distributed", "graph", "importance", "planning", "surgery", "study", "pruner"]
+LATER = ["methods", "integrations", "train", "report", "cli"]
+ORDER = {name: rank for rank, name in enumerate([*STAGES, *LATER])}
+TOP = {"__init__", "__main__", "info"}  # may import anything; nothing but cli imports info
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def stage_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    stage = relative.parts[0].removesuffix(".py")
+    for module in imports(path):
+        assert not module.startswith("kernels"), f"{path} imports kernels, which would be a second copy"
+        if not module.startswith("taylor_cuda") or stage in TOP:
+            continue
+        used = stage_of(module)
+        if stage == "cli" and used in ("info", "__version__", ""):
+            continue
+        if used in ORDER:
+            assert ORDER[used] <= ORDER[stage], f"{relative} imports {module}, which comes after it"
+        else:
+            assert used in taylor_cuda.__all__ or used == "", f"{relative} imports {module}, which has no stage"
+            assert stage == "cli", f"{relative} imports from the package itself: {module}"
+
+
+def test_every_stage_has_a_place() -> None:
+    there = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    there = {name for name in there if not name.startswith("_")} - {"info", "kernels"}
+    assert there <= set(ORDER)
+
+
+def test_reference_and_kernels_are_leaves() -> None:
+    assert not any(module.startswith("taylor_cuda") for module in imports(PACKAGE / "ops" / "reference.py"))
+    for path in (ROOT / "kernels").glob("*.py"):
+        for module in imports(path):
+            assert not module.startswith("taylor_cuda") or module.startswith("taylor_cuda.kernels"), (path, module)
+            assert not module.startswith("kernels"), (path, module)
+    assert not imports(ROOT / "kernels" / "__init__.py") - {"__future__.annotations"}
+
+
+def test_only_backends_reaches_kernels() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "backends.py":
+            assert "taylor_cuda.kernels" not in path.read_text(encoding="utf-8"), path
+
+
+def test_nobody_uses_is_available_to_decide_what_to_build() -> None:
+    assert "is_available()" not in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
+def test_importing_is_lean() -> None:
+    """No Triton, no CUDA context, none of the extras."""
+    heavy = ["triton", "torchvision", "sklearn", "matplotlib", "timm", "torch_pruning", "scipy"]
+    code = (
+        "import sys, torch\n"
+        f"heavy = {heavy!r}\n"
+        "before = set(sys.modules)\n"
+        "import taylor_cuda\n"
+        "new = set(sys.modules) - before\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print([name for name in heavy if name in new])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert result.stdout.strip() == "[]"
+
+
+def parameters(function: object) -> list[tuple[str, object]]:
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_one_op_has_one_signature(op: str) -> None:
+    """The reference is the definition; the public function, the schema, the native op and the kernel say the same."""
+    expected = parameters(getattr(reference, op))
+    assert parameters(getattr(taylor_cuda.ops, op)) == expected
+    names = [name for name, _ in expected]
+    assert [argument.name for argument in getattr(library, op)._schema.arguments] == names
+    if backends.load_native("cpu"):
+        native = getattr(torch.ops.taylor_cuda_native, op).default._schema
+        assert [argument.name for argument in native.arguments] == names
+    source = ROOT / "kernels" / f"{op}.py"
+    if source.exists():
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert [argument.arg for argument in functions[op].args.args] == names
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_an_op_has_its_name_in_every_folder(op: str) -> None:
+    assert (ROOT / "csrc" / "cpu" / f"{op}.cpp").is_file()
+    assert (ROOT / "csrc" / "cuda" / f"{op}.cu").is_file()
+    assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file()
+
+
+def test_files_stay_short() -> None:
+    """A file over 400 lines wants a reason; there is none so far."""
+    for folder in ("taylor_cuda", "kernels", "csrc", "bench"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"):
+                assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+
+
+@pytest.mark.parametrize("command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join)
+def test_linters_are_silent(command: list[str]) -> None:
+    result = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
