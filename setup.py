@@ -1,7 +1,8 @@
 """Builds the native parts and maps the folders to packages. Everything else is in pyproject.toml.
 
-TAYLOR_CUDA_BUILD chooses what is built: ``auto`` the C++ parts, and the CUDA part where nvcc and a CUDA build of torch are there;
-``cpu`` the C++ parts only; ``cuda`` all of it; ``none`` nothing. A request that can't be met raises and names what is missing.
+TAYLOR_CUDA_BUILD chooses what is built: ``auto`` the C++ parts, and the CUDA part where nvcc and a CUDA build of torch
+are there; ``cpu`` the C++ parts only; ``cuda`` all of it; ``none`` nothing. A request that can't be met raises and
+names what is missing.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def missing_for_cpp() -> list[str]:
 def cuda_home() -> Path | None:
     """The CUDA toolkit: a folder that holds both nvcc and the runtime's headers.
 
-    nvcc on the PATH may be a script that lies elsewhere, so its parent folder proves nothing: it is asked for its own root.
+    nvcc on the PATH may be a script that lies elsewhere, so its parent folder proves nothing: it is asked for its own
+    root.
     """
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     nvcc = shutil.which("nvcc")
@@ -107,7 +109,7 @@ def cpu_extension() -> Extension:
 
 
 def cuda_extension(home: Path) -> Extension:
-    """csrc/cuda -> taylor_cuda/_C_cuda.so, on torch's stable ABI; the CUDA runtime is linked in where its archive is there."""
+    """csrc/cuda -> taylor_cuda/_C_cuda.so, on torch's stable ABI; with the CUDA runtime linked in where it can be."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     libraries = library_paths(device_type="cuda")
@@ -118,7 +120,12 @@ def cuda_extension(home: Path) -> Extension:
         sources("csrc/cuda", ".cu"),
         include_dirs=[str(ROOT / "csrc"), *include_paths(device_type="cuda")],
         library_dirs=[*libraries, str(home / "lib64")],
-        libraries=["torch", "torch_cpu", "torch_cuda", *(["cudart_static", "dl", "rt", "pthread"] if static else ["cudart"])],
+        libraries=[
+            "torch",
+            "torch_cpu",
+            "torch_cuda",
+            *(["cudart_static", "dl", "rt", "pthread"] if static else ["cudart"]),
+        ],
         extra_compile_args={
             "cxx": ["-O3", "-fvisibility=hidden", *flags],
             "nvcc": ["-O3", "--expt-relaxed-constexpr", "-lineinfo", *flags],
@@ -156,7 +163,9 @@ def extensions(mode: str) -> list[Extension]:
             home = None
     if missing:
         raise RuntimeError(
-            f"TAYLOR_CUDA_BUILD={mode} needs " + " and ".join(missing) + "; TAYLOR_CUDA_BUILD=none installs without native code"
+            f"TAYLOR_CUDA_BUILD={mode} needs "
+            + " and ".join(missing)
+            + "; TAYLOR_CUDA_BUILD=none installs without native code"
         )
     parts = [cpu_extension()]
     if sources("csrc/planner", ".cpp"):
@@ -177,7 +186,9 @@ def build_command() -> type[build_ext]:
             given = self.build_temp
             super().finalize_options()
             if self.inplace and not given:
-                self.build_temp = str(ROOT / "build" / "native")  # kept, so that an editable install rebuilds what changed
+                self.build_temp = str(
+                    ROOT / "build" / "native"
+                )  # kept, so that an editable install rebuilds what changed
 
         def get_ext_filename(self, ext_name: str) -> str:
             if ext_name.split(".")[-1] in TORCH_LIBRARIES:

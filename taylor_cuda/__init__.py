@@ -1,4 +1,4 @@
-"""Prune neural networks by Taylor importance: score every channel while the network trains, and cut the worthless ones."""
+"""Prune networks by Taylor importance: score every channel while the network trains, cut the worthless ones."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -33,9 +33,9 @@ class Pruner:
             optimizer.zero_grad()
             pruner.step()
 
-    Every ``every`` optimizer steps one prune step: the window's scores enter the moving average, the schedule's next budget is
-    planned, and the channels are removed from the model, its gradients, the optimizer's state and the EMA copy. After ``steps``
-    prune steps the budget is met and ``done`` is true; the loop goes on as fine-tuning.
+    Every ``every`` optimizer steps one prune step: the window's scores enter the moving average, the schedule's next
+    budget is planned, and the channels are removed from the model, its gradients, the optimizer's state and the EMA
+    copy. After ``steps`` prune steps the budget is met and ``done`` is true; the loop goes on as fine-tuning.
 
     Args:
         model: the module itself, not a compiled or wrapped one.
@@ -89,7 +89,12 @@ class Pruner:
         self.budget = parse_budget(budget)
         self.every, self.steps, self.schedule = every, steps, schedule
         budgets_at(schedule, self.budget, steps, steps)
-        self._limits = {"round_to": round_to, "min_keep": min_keep, "max_ratio": max_ratio, "rank": rank}
+        self._limits: dict[str, Any] = {
+            "round_to": round_to,
+            "min_keep": min_keep,
+            "max_ratio": max_ratio,
+            "rank": rank,
+        }
         self._verify = verify
         self.groups: Groups = trace(model, example_inputs, ignore=ignore)
         anything = {group.name: torch.ones(group.size) for group in self.groups}
@@ -105,14 +110,17 @@ class Pruner:
         return self.prunes >= self.steps
 
     def backward(self, loss: Tensor, outputs: Any = None, scaler: Any = None) -> None:
-        """``loss.backward()``, with the scores of this step while there is pruning left to do. See ``tc.Importance.backward``."""
+        """``loss.backward()``, with the scores of this step while there is pruning left to do.
+
+        See ``tc.Importance.backward``.
+        """
         if self.done:
             (loss if scaler is None else scaler.scale(loss)).backward()
             return
         self.importance.backward(loss, outputs, scaler=scaler)
 
     def update(self, grad_scale: float = 1.0) -> None:
-        """Instead of ``backward``: take the scores after a ``loss.backward()`` of one's own, before ``optimizer.step()``."""
+        """Instead of ``backward``: take the scores between one's own ``loss.backward()`` and ``optimizer.step()``."""
         if not self.done:
             self.importance.update(grad_scale)
 
@@ -162,7 +170,7 @@ class Pruner:
         return decided
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands and what was collected. Save it beside the model's and the optimizer's own state."""
+        """Where the schedule stands and what was collected; save it beside the model's and the optimizer's state."""
         return {
             "kept": {group.name: group.kept.clone() for group in self.groups},
             "original": {group.name: group.original_size for group in self.groups},
@@ -181,8 +189,8 @@ class Pruner:
         original = {group.name: group.original_size for group in self.groups}
         if state["original"] != original or self.prunes:
             raise InputError(
-                "state_dict: it belongs to another model, or this model was already pruned; build the model and the pruner "
-                "as in the first run before loading"
+                "state_dict: it belongs to another model, or this model was already pruned; build the model and "
+                "the pruner as in the first run before loading"
             )
         keep = dict(state["kept"])
         if any(kept.numel() < original[name] for name, kept in keep.items()):
@@ -211,13 +219,21 @@ class Watched:
         return self._importance.scores()
 
     def table(self) -> str:
-        """One line a group: its channels, how much of the loss they are predicted to be worth, and how uneven they are."""
+        """One line a group: its channels, how much loss they are predicted to be worth, and how unevenly."""
         rows = []
         for name, score in self.scores().items():
             worth = score.sqrt().cpu()
             weak = int((worth < 0.1 * worth.mean()).sum())
             rows.append(
-                (name, score.numel(), f"{worth.sum():.3g}", f"{worth.min():.2g}", f"{worth.median():.2g}", f"{worth.max():.2g}", weak)
+                (
+                    name,
+                    score.numel(),
+                    f"{worth.sum():.3g}",
+                    f"{worth.min():.2g}",
+                    f"{worth.median():.2g}",
+                    f"{worth.max():.2g}",
+                    weak,
+                )
             )
         header = ("group", "channels", "|loss change|", "lowest", "median", "highest", "below a tenth of the mean")
         return table(header, rows)
@@ -239,8 +255,8 @@ def watch(
             train_one_epoch()
         print(scores.table())
 
-    Scores are taken right before each ``step()`` of the first optimizer seen that owns a parameter of the model, from the
-    gradients it is about to use: a loop that clips gradients is scored on clipped ones.
+    Scores are taken right before each ``step()`` of the first optimizer seen that owns a parameter of the model, from
+    the gradients it is about to use: a loop that clips gradients is scored on clipped ones.
 
     Args:
         model: the module itself, not a compiled or wrapped one.

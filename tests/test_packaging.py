@@ -26,12 +26,16 @@ def project() -> dict[str, object]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree without what a build leaves, so that builds here disturb nothing."""
     target = tmp_path_factory.mktemp("source") / "project"
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "*.egg-info", "runs", "results", ".*_cache")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "*.so", "*.egg-info", "runs", "results", ".*_cache"
+    )
     shutil.copytree(ROOT, target, ignore=ignored)
     return target
 
 
-def build(source: Path, out: Path, *command: str, mode: str = "none", **environment: str) -> subprocess.CompletedProcess[str]:
+def build(
+    source: Path, out: Path, *command: str, mode: str = "none", **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", "-q", *command, "--dist-dir", str(out)],
         cwd=source,
@@ -72,7 +76,11 @@ def test_source_archive_holds_everything_a_build_needs(source: Path, tmp_path: P
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
-    native = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")}
+    native = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh")
+    }
     kernels = {f"kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert native | kernels | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "taylor_cuda/py.typed"} <= held
 

@@ -15,10 +15,9 @@
 namespace taylor {
 
 constexpr int kMaxLoops = 64;           // torch allows no more dimensions
-constexpr int64_t kMaxWidth = 4096;     // columns of one piece: their fp64 sums fill half of a 32 KiB first-level cache
+constexpr int64_t kMaxWidth = 512;     // columns of one piece: their fp64 sums fill half of a 32 KiB first-level cache
 constexpr int64_t kGoodWidth = 512;    // columns enough to read memory in long runs, and few enough to fold at no cost
-constexpr int kRowsAtOnce = 2; //x
-constexpr size_t kPage = 4096;
+constexpr int kRowsAhead = 4; //x
 constexpr int64_t kStridedBlock = 16;   // channels whose fp32 values share a cache line when the channel stride is 1
 constexpr int64_t kPieceSize = 1 << 16; // elements of one piece: half a MiB of two fp32 tensors
 

@@ -179,28 +179,26 @@ TAYLOR_TARGET void rows(const TA* a, const TG* g, const Piece& piece, double* ou
   }
 }
 
-template <Term term, typename TA, typename TG>
-TAYLOR_INLINE void add_to_columns(const TA* a, const TG* g, int64_t width, double* sums) {
+// A prefetch of one cache line for each that is read, `ahead` elements further on: where rows are cut, the hardware can't guess the next.
+template <Term term, bool far, typename TA, typename TG>
+TAYLOR_INLINE void add_to_columns(const TA* a, const TG* g, int64_t width, double* sums, int64_t ahead_a, int64_t ahead_g) {
   int64_t i = 0;
+  if constexpr (far) {
+    constexpr int kStep = 64 / std::min(sizeof(TA), sizeof(TG));
+    for (; i + kStep <= width; i += kStep) {
+      for (size_t b = 0; b < kStep * sizeof(TA); b += 64) __builtin_prefetch(reinterpret_cast<const char*>(a + i + ahead_a) + b);
+      for (size_t b = 0; b < kStep * sizeof(TG); b += 64) __builtin_prefetch(reinterpret_cast<const char*>(g + i + ahead_g) + b);
+      for (int j = 0; j < kStep; j += 8) {
+        const Double8 s = load<Double8>(sums + i + j) + apply<term>(products<1, 1>(a + i + j, g + i + j));
+        std::memcpy(sums + i + j, &s, sizeof(s));
+      }
+    }
+  }
   for (; i + 8 <= width; i += 8) {
     const Double8 s = load<Double8>(sums + i) + apply<term>(products<1, 1>(a + i, g + i));
     std::memcpy(sums + i, &s, sizeof(s));
   }
   for (; i < width; ++i) sums[i] += apply<term>(product(a[i], g[i]));
-}
-
-// The same for rows that lie end to end: fewer visits of sums that fill the cache.
-template <Term term, typename TA, typename TG>
-TAYLOR_INLINE void add_rows_to_columns(const TA* a, const TG* g, int64_t width, double* sums) {
-  int64_t i = 0;
-  for (; i + 8 <= width; i += 8) {
-    Double8 s = load<Double8>(sums + i);
-    for (int r = 0; r < kRowsAtOnce; ++r) s += apply<term>(products<1, 1>(a + r * width + i, g + r * width + i));
-    std::memcpy(sums + i, &s, sizeof(s));
-  }
-  for (; i < width; ++i) {
-    for (int r = 0; r < kRowsAtOnce; ++r) sums[i] += apply<term>(product(a[r * width + i], g[r * width + i]));
-  }
 }
 
 // out[c] = Σ f(a·g) over the loops and one contiguous run at each of their positions. In a run, channels lie side by side, `fold`
@@ -211,17 +209,17 @@ TAYLOR_TARGET void columns(const TA* a, const TG* g, const Piece& piece, double*
   for (int64_t i = 0; i < piece.width; ++i) sums[i] = 0;
   Cursor cursor;
   start(cursor, piece.loops, piece.loop_count);
+  const int64_t ahead_a = piece.loop_count > 0 ? kRowsAhead * piece.loops[piece.loop_count - 1].stride_a : 0;
+  const int64_t ahead_g = piece.loop_count > 0 ? kRowsAhead * piece.loops[piece.loop_count - 1].stride_g : 0;
   for (int64_t r = 0; r < piece.outer; ++r, advance(cursor)) {
     const TA* pa = a + cursor.a;
     const TG* pg = g + cursor.g;
-    int64_t i = 0;
-    if (piece.width * std::min(sizeof(TA), sizeof(TG)) >= kPage) {
-      for (; i + kRowsAtOnce * piece.width <= piece.run; i += kRowsAtOnce * piece.width) {
-        add_rows_to_columns<term>(pa + i, pg + i, piece.width, sums);
-      }
+    if (piece.run == piece.width) {
+      add_to_columns<term, true>(pa, pg, piece.width, sums, ahead_a, ahead_g);
+      continue;
     }
-    for (; i < piece.run; i += piece.width) {
-      add_to_columns<term>(pa + i, pg + i, std::min(piece.width, piece.run - i), sums);
+    for (int64_t i = 0; i < piece.run; i += piece.width) {
+      add_to_columns<term, false>(pa + i, pg + i, std::min(piece.width, piece.run - i), sums, 0, 0);
     }
   }
   const int64_t row = piece.channels * piece.fold;

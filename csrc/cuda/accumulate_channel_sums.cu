@@ -1,9 +1,12 @@
-// Computes     sums[n, c] += sum_l a[n, c, l] * g[n, c, l], or sums[c] += the same summed over n      see
-// ops/reference.py Shapes       a, g [N, C, *spatial], L = product of spatial; sums [N, C] or [C], contiguous Strides
-// a, g: any, as channel_sums Dtypes       a, g: fp32, fp16, bf16, fp64 (equal). sums: fp32 (fp64 for fp64) Bytes
-// 2*N*C*L*itemsize read, 8 bytes for each of sums; 8 bytes more for each partial sum Launches     1 where one block
-// sums what belongs together, else 2 Determinism  yes: no atomics; each of sums is changed by one thread Error at most
-// 8 eps32 * (sum|a*g| + |sums|)                                                (tests/gpu) Source arXiv:1906.10771
+// Computes     sums[n, c] += sum_l a[n, c, l] * g[n, c, l], or sums[c] += the same over n too    see ops/reference.py
+// Shapes       a, g [N, C, *spatial], L = product of spatial; sums [N, C] or [C], contiguous
+// Strides      a, g: any, as channel_sums
+// Dtypes       a, g: fp32, fp16, bf16, fp64 (equal). sums: fp32 (fp64 for fp64)
+// Bytes        2*N*C*L*itemsize read, 8 bytes for each of sums; 8 bytes more for each partial sum
+// Launches     1 where one block sums what belongs together, else 2
+// Determinism  yes: no atomics; each of sums is changed by one thread
+// Error        at most 8 eps32 * (sum|a*g| + |sums|)                      (tests/gpu)
+// Source       arXiv:1906.10771
 
 #include "finish.cuh"
 

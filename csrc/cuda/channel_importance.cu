@@ -1,13 +1,12 @@
-// Computes     with t[n, c] = sum_l a[n, c, l] * g[n, c, l]:  "batch" (sum_n t)^2   "sample" sum_n t^2   "abs" mean_n
-// |t / L|
-//              "element" sum_{n,l} (a*g)^2                               see ops/reference.py
+// Computes     with t[n, c] = sum_l a[n, c, l] * g[n, c, l]:  "batch" (sum_n t)^2   "sample" sum_n t^2
+//              "abs" mean_n |t / L|   "element" sum_{n,l} (a*g)^2         see ops/reference.py
 // Shapes       a, g [N, C, *spatial], L = product of spatial; out [C]
-// Strides      any; 16-byte loads for aligned channels_last, [N, L, C] and NCHW of any L, element by element otherwise
+// Strides      any; 16-byte loads for aligned channels_last, [N, L, C] and NCHW of any L, single elements otherwise
 // Dtypes       a, g: fp32, fp16, bf16, fp64 (equal). Sums and out: fp32 (fp64 for fp64)
 // Bytes        2*N*C*L*itemsize read, 8*P*C for P partial sums of a channel, 4*C written
 // Launches     2: partial sums, then the finish
 // Determinism  yes: no atomics; splits follow from shape, strides, type and alignment
-// Error        of each sum at most 8 eps32 * (sum of the absolute terms) (tests/gpu)
+// Error        of each sum at most 8 eps32 * (sum of the absolute terms)  (tests/gpu)
 // Source       arXiv:1906.10771, arXiv:1611.06440
 
 #include "finish.cuh"

@@ -1,9 +1,10 @@
 // Which thread of a channel sum reads which elements. Plain arithmetic, the same on the host and on the device.
 //
 // A sum over two tensors [N, C, ...] is cut as t[n, s, c]: samples n, splits s of the summed elements, channels c.
-// Three paths:
+// There are three paths:
 //   columns  the channels lie side by side (channels_last, [N, L, C], [N, C]): a thread holds `vector` channels and
-//   walks down rows rows     the summed elements of one (n, c) lie side by side (NCHW, [N, C, L]): a warp walks along
+//            walks down the rows
+//   rows     the summed elements of one (n, c) lie side by side (NCHW, [N, C, L]): a warp walks along
 //   packed   as rows, but short and end to end (7x7 of 16 bits is 98 bytes, so most rows start off a 16-byte border):
 //            a block reads a run of whole rows from an aligned start and sorts the products into rows in shared memory
 // Any other strides take columns or rows, element by element. Everything follows from shapes, strides, types and

@@ -1,11 +1,11 @@
 // Computes     out[n, c] = sum_l a[n, c, l] * g[n, c, l]                  see ops/reference.py
 // Shapes       a, g [N, C, *spatial], L = product of spatial; out [N, C]
-// Strides      any; 16-byte loads for aligned channels_last, [N, L, C] and NCHW of any L, element by element otherwise
+// Strides      any; 16-byte loads for aligned channels_last, [N, L, C] and NCHW of any L, single elements otherwise
 // Dtypes       a, g: fp32, fp16, bf16, fp64 (equal). Sums and out: fp32 (fp64 for fp64)
 // Bytes        2*N*C*L*itemsize read, 4*N*C written; with S > 1 splits 8*N*S*C more for the partial sums
 // Launches     1, or 2 with S > 1
 // Determinism  yes: no atomics; splits follow from shape, strides, type and alignment
-// Error        at most 8 eps32 * sum|a*g|                                (tests/gpu)
+// Error        at most 8 eps32 * sum|a*g|                                 (tests/gpu)
 // Source       arXiv:1906.10771
 
 #include "finish.cuh"

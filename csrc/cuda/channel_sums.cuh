@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (threadIdx.x % kWarp == 0) sink.store(t.n, t.s, t.c, sum);
 }
 
-// The terms of a block's run of rows, in the order in which they lie. Past the end they are zero.
+// The terms of a block's run of rows, in the order in which they lie.
 template <typename T, int kVector, bool kNonlinear>
 __device__ __forceinline__ void store_terms(const T* a, const T* g, int elements, Term term, Accumulator<T>* terms) {
   using Acc = Accumulator<T>;

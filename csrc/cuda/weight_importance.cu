@@ -1,13 +1,13 @@
 // Computes     out_i[c] = the sum over w_i[.., c, ..] of  "sum" w*g   "square" (w*g)^2   "abs" |w*g|,  c along dims_i
-//                                                                        see ops/reference.py
+//                                                                         see ops/reference.py
 // Shapes       w_i, g_i any; out_i [C_i], C_i = w_i.size(dims_i)
-// Strides      any; 16-byte loads where w and g lie alike without gaps and rows are aligned: contiguous, channels_last,
-// transposed Dtypes       w: fp32 with g fp32, fp16, bf16; fp16 with fp16; bf16 with bf16; fp64 with fp64. Sums and
-// out: fp32 (fp64 for fp64) Bytes        P*(sizeof w + sizeof g) read for P parameters, 4*sum C_i written Launches 1
-// for up to 640 tensors of one pair of types; 1 more for each further 640, each further pair of types, and, up to 200
-//              at a time, for those whose weight and gradient lie differently
+// Strides      any; 16-byte loads where w and g lie alike, without gaps and with aligned rows, dimensions in any order
+// Dtypes       w and g: fp32, fp16, bf16, fp64 (equal), or fp32 w with fp16 or bf16 g. Sums and out: fp32 or fp64
+// Bytes        P*(sizeof w + sizeof g) read for P parameters, 4*sum C_i written
+// Launches     1 for up to 640 tensors of one pair of types; 1 more for each further 640, for each further pair of
+//              types, and for each 200 tensors whose weight and gradient lie differently
 // Determinism  yes: no atomics; blocks follow from shapes, strides, types and alignment
-// Error        at most 8 eps32 * (sum of the absolute terms)             (tests/gpu)
+// Error        at most 8 eps32 * (sum of the absolute terms)              (tests/gpu)
 // Source       arXiv:1906.10771
 
 #include <map>
@@ -205,11 +205,11 @@ Tensor new_scores(const Tensor& weight, int64_t size) {
   return Tensor(handle);
 }
 
-void append(Batch& batch, const Tensor& weight, const Tensor& gradient, int64_t dim, const Tensor& out, int wide) {
-  const Walk walk = walk_weight(weight, gradient, dim);
+void append(Batch& batch, const Walk& walk, const Tensor& weight, const Tensor& gradient, const Tensor& out) {
   void* const place = out.mutable_data_ptr();
   WeightItem item{weight.const_data_ptr(), gradient.const_data_ptr(), place, 0, 0, 0, 0, 1, 0};
-  if (planning::dense_form(walk, item) && planning::divide(item, wide)) {
+  const size_t narrow = std::min(weight.element_size(), gradient.element_size());
+  if (planning::dense_form(walk, item) && planning::divide(item, static_cast<int>(16 / narrow))) {
     batch.dense.push_back(item);
     return;
   }
@@ -236,18 +236,18 @@ std::vector<Tensor> weight_importance_cuda(std::vector<Tensor> weights, std::vec
                     "weight_importance: all tensors must be on one device");
     scores.push_back(new_scores(weights[i], weights[i].size(dims[i])));
     if (weights[i].size(dims[i]) == 0) continue;
-    if (walk_weight(weights[i], gradients[i], dims[i]).rest.size() > kWeightLoops) {
+    Walk walk = walk_weight(weights[i], gradients[i], dims[i]);
+    if (walk.rest.size() > kWeightLoops) {  // too many dimensions that don't merge for a table: copied
       weights[i] = torch::stable::contiguous(weights[i]);
       gradients[i] = torch::stable::contiguous(gradients[i]);
+      walk = walk_weight(weights[i], gradients[i], dims[i]);
     }
-    const int narrow = static_cast<int>(std::min(weights[i].element_size(), gradients[i].element_size()));
-    append(batches[{weights[i].scalar_type(), gradients[i].scalar_type()}], weights[i], gradients[i], dims[i],
-           scores[i], 16 / narrow);
+    append(batches[{weights[i].scalar_type(), gradients[i].scalar_type()}], walk, weights[i], gradients[i], scores[i]);
   }
   const cudaStream_t stream = current_stream(device);
-  for (const auto& [types, batch] : batches) {
-    for_pair(types.first, types.second,
-             [&](auto w, auto g) { launch_batch<decltype(w), decltype(g)>(batch, term, stream); });
+  for (const auto& entry : batches) {
+    for_pair(entry.first.first, entry.first.second,
+             [&](auto w, auto g) { launch_batch<decltype(w), decltype(g)>(entry.second, term, stream); });
   }
   return scores;
 }

@@ -4,9 +4,8 @@
 // A weight and its gradient that lie alike and without gaps are [outer][segment][inner], whatever the order of their
 // strides: the kept dimension, what lies outside it and what lies inside. Each index of the kept dimension is one sum
 // over outer and inner.
-//   outer == 1   a sum is one run (filters, a vector's elements): `lanes` neighbouring threads share a run
-//   outer > 1    (the input side of a layer): a block walks down a slab of `per_unit` neighbouring segments, all rows
-//   of it
+//   outer == 1   a sum is one run (filters, a vector's elements): a few neighbouring threads share it
+//   outer > 1    (the input side of a layer): a block walks down a slab of `per_unit` neighbouring segments
 // Pairs that lie differently, or have gaps, go into a second table with strides.
 
 #pragma once

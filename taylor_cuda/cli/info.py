@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the report."""
     del options
-    from taylor_cuda import info
+    from taylor_cuda.info import main
 
-    info.main()
+    main()
     return 0

@@ -1,8 +1,8 @@
 """What may be removed from a model, as plain data: units of channels, and where each one lies.
 
-A **unit** is the smallest thing that can be removed on its own: one channel with everything coupled to it (its filters, its
-normalisation, the inputs of whatever reads it), or a whole convolution group. Units that lie in the same dimensions of the same
-tensors form a **group**: they are ranked together and share one count.
+A **unit** is the smallest thing that can be removed on its own: one channel with everything coupled to it (its
+filters, its normalisation, the inputs of whatever reads it), or a whole convolution group. Units that lie in the same
+dimensions of the same tensors form a **group**: they are ranked together and share one count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Member:
         dim: the dimension that shrinks.
         index: int64 ``[size, width]``: the positions of each unit along ``dim``.
         role: ``"write"`` a weight whose output is the unit; ``"read"`` a weight that contracts the unit away (the
-            unit ends there); ``"norm"`` an affine parameter or a statistic of a normalisation; ``"other"`` a bias, a scale, …
+            unit ends there); ``"norm"`` an affine parameter or a statistic of a normalisation; ``"other"`` a bias, a
+            scale, …
     """
 
     tensor: str
@@ -51,8 +52,9 @@ class ChannelGroup:
         members: every place the units take. Removing a unit removes all of its positions.
         kept: int64 ``[size]``, the original index of each unit that is still there.
         original_size: units before the first cut.
-        affine: the (gamma, beta) members of the normalisations whose γ·dγ + β·dβ is exactly the gradient of the units' gate
-            (DESIGN 3.2: only positively homogeneous maps between them and every reader); empty where that does not hold.
+        affine: the (gamma, beta) members of the normalisations whose γ·dγ + β·dβ is exactly the gradient of the
+            units' gate (DESIGN 3.2: only positively homogeneous maps between them and every reader); empty where that
+            does not hold.
     """
 
     name: str
@@ -82,9 +84,10 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a weight by a convolution, a linear layer or a product: its MACs are ``macs_per_weight · weight.numel()``.
+    """One use of a weight by a convolution, a linear layer or a product.
 
-    ``macs_per_weight`` counts the whole of ``example_inputs``; divide by ``Groups.batch_size`` for one example.
+    It costs ``macs_per_weight · weight.numel()`` MACs; ``macs_per_weight`` counts the whole of ``example_inputs``:
+    divide by ``Groups.batch_size`` for one example. Without a weight (a product of activations) it is all the MACs.
     """
 
     weight: str
@@ -106,7 +109,8 @@ class Groups:
         original_macs: MACs of the model as it was traced, for the whole of ``example_inputs``.
         original_params: parameters of the model as it was traced.
         notes: what a user should know about this trace.
-        verified: greatest relative difference between cut and masked that the last ``tc.cut`` measured; ``None`` if it didn't.
+        verified: greatest relative difference between cut and masked that the last ``tc.cut`` measured; ``None``
+            if it didn't.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -177,5 +181,6 @@ def check_keep(groups: Groups, keep: dict[str, Tensor]) -> None:
         )
         if not valid:
             raise InputError(
-                f"plan: keep[{name!r}] must be sorted, distinct int64 indices below {sizes[name]} and not empty, got {kept}"
+                f"plan: keep[{name!r}] must be sorted, distinct int64 indices below {sizes[name]} and not empty, "
+                f"got {kept}"
             )

@@ -70,7 +70,7 @@ def connected(count: int, a: Array, b: Array) -> Array:
         if not open_edges.any():
             break
         a, b, low, high = a[open_edges], b[open_edges], low[open_edges], high[open_edges]
-        np.minimum.at(root, high, low)
+        root[high] = low  # a root with several edges takes one of them; the others are still open in the next round
         while True:
             above = root[root]
             if np.array_equal(above, root):

@@ -54,6 +54,7 @@ class MaskedForward(ReaderInputs):
         return torch.where(mask.view(-1, *(1,) * (x.dim() - 1 - dim)), x, x.new_zeros(()))
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Layer normalisations in a way of their own, everything else as it is."""
         if func is F.layer_norm:
             return self._layer_norm(*args, **kwargs)
         return func(*args, **kwargs)
@@ -88,7 +89,8 @@ def masked(model: nn.Module, groups: Groups, plan: Any) -> Iterator[None]:
         groups: from ``tc.trace`` of this model.
         plan: a ``tc.Plan``, or ``{group name: int64 indices of the units to keep}``.
 
-    Dropped units are zeroed at the inputs of their readers; a LayerNorm inside a group takes its statistics over what is kept.
+    Dropped units are zeroed at the inputs of their readers; a LayerNorm inside a group takes its statistics over what
+    is kept.
     """
     keep: Mapping[str, Tensor] = getattr(plan, "keep", plan)
     check_keep(groups, dict(keep))

@@ -47,7 +47,7 @@ class Dispatched(TorchDispatchMode):
     """Hands every ATen op, after it ran, to its rule."""
 
     def __init__(self, flow: Flow) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._flow = flow
 
     def __torch_dispatch__(

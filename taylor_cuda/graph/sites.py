@@ -1,7 +1,7 @@
 """Reaching the inputs of readers, wherever in Python code they are called.
 
-A reader is known by its weight, not by its module: ``F.conv2d(x, self.conv.weight)`` in a hand-written forward is met as well as
-``self.conv(x)``. Inputs are met above autograd, so what is put there takes part in the backward pass.
+A reader is known by its weight, not by its module: ``F.conv2d(x, self.conv.weight)`` in a hand-written forward is met
+as well as ``self.conv(x)``. Inputs are met above autograd, so what is put there takes part in the backward pass.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def check_plain(model: nn.Module, what: str) -> None:
     """Raise for a module whose forward pass would hide what is put into the model inside it."""
     if hasattr(model, "_orig_mod"):
         raise InputError(
-            f"{what}: model was compiled; hooks added later have no effect on it. Give the original module and compile after"
+            f"{what}: model was compiled; hooks added later have no effect on it. "
+            "Give the original module and compile after"
         )
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise InputError(f"{what}: model is wrapped in {type(model).__name__}; give the module inside, model.module")

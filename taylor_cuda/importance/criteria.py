@@ -1,7 +1,8 @@
 """The criteria: what each one measures, and from what. Their arithmetic is in ``estimator``.
 
-Notation: E the mini-batch mean loss; t[n,c] = Σ_l a·g at the inputs of a unit's readers, added up over all of them, with a the
-activation and g = dE/da; w, g the weights that write a unit and their gradients; γ, β the affine parameters of a normalisation.
+Notation: E the mini-batch mean loss; t[n,c] = Σ_l a·g at the inputs of a unit's readers, added up over all of them,
+with a the activation and g = dE/da; w, g the weights that write a unit and their gradients; γ, β the affine parameters
+of a normalisation.
 """
 
 from __future__ import annotations

@@ -20,24 +20,24 @@ from taylor_cuda.importance.units import Place, UnitSums, split_by_group
 class Importance:
     """Importance of every unit of ``groups``: how much the loss would change without it.
 
-    Call ``backward(loss)`` in place of ``loss.backward()``, or ``update()`` after it, once per optimizer step: before clipping,
-    weight decay or the optimizer change what stands in ``.grad``. Several backward passes before one ``update()`` (gradient
-    accumulation) count as one batch.
+    Call ``backward(loss)`` in place of ``loss.backward()``, or ``update()`` after it, once per optimizer step: before
+    clipping, weight decay or the optimizer change what stands in ``.grad``. Several backward passes before one
+    ``update()`` (gradient accumulation) count as one batch.
 
     Args:
         model: the traced module itself, not a compiled or wrapped one.
         groups: from ``tc.trace`` of this model.
-        criterion: see ``taylor_cuda.importance.criteria.CRITERIA``. ``"taylor_fo"`` is the paper's gate criterion. It squares
-            the gradient of the batch, so its values change with the global batch size.
+        criterion: see ``taylor_cuda.importance.criteria.CRITERIA``. ``"taylor_fo"`` is the paper's gate criterion.
+            It squares the gradient of the batch, so its values change with the global batch size.
         source: ``"parameters"`` takes the gate's gradient from parameter gradients (no activation is touched),
             ``"activations"`` from fused activation × gradient sums at the inputs of the units' readers,
             ``"auto"`` from parameters where they suffice, group by group.
         momentum: weight of the past in the moving average over prune steps (0.9 in the paper).
         seed: of ``"random"``; a generator of its own, the global one is left alone.
 
-    The importance of coupled channels is the square of their **sum**. Within a window it is the mean over optimizer steps of the
-    squares (Molchanov et al. 2019, section 3); ``fold()`` ends a window and averages over windows. Steps with a value that isn't
-    finite are left out and counted in ``skipped``.
+    The importance of coupled channels is the square of their **sum**. Within a window it is the mean over optimizer
+    steps of the squares (Molchanov et al. 2019, section 3); ``fold()`` ends a window and averages over windows. Steps
+    with a value that isn't finite are left out and counted in ``skipped``.
 
     Source: Molchanov, Mallya, Tyree, Frosio, Kautz: "Importance Estimation for Neural Network Pruning", CVPR 2019.
     """
@@ -62,10 +62,11 @@ class Importance:
         self._sites: ReaderSums | None = None
         self._average: Tensor | None = None
         self._drawn: Tensor | None = None
+        self._window: Tensor | None = None
+        self._counts: Tensor | None = None
         self._lay_out()
-        self.reset()
 
-    # -- what is measured where ------------------------------------------------------------------------------------------
+    # -- what is measured where ------------------------------------------------
 
     def _lay_out(self) -> None:
         """Decide for each group where its sums come from, and prepare the flat indices."""
@@ -108,12 +109,12 @@ class Importance:
         frozen = [m.tensor for m in group.role("write") if not self._tensors[m.tensor].requires_grad]
         if self.criterion.gradient and frozen:
             raise InputError(
-                f"criterion={self.criterion.name!r}: group {group.name!r} is written by frozen parameters ({frozen[0]}), "
-                "which have no gradient; use 'taylor_fo'"
+                f"criterion={self.criterion.name!r}: group {group.name!r} is written by frozen parameters "
+                f"({frozen[0]}), which have no gradient; use 'taylor_fo'"
             )
         return group.role("write")
 
-    # -- one optimizer step ------------------------------------------------------------------------------------------------
+    # -- one optimizer step ----------------------------------------------------
 
     def backward(self, loss: Tensor, outputs: Any = None, scaler: Any = None) -> None:
         """Run ``loss.backward()`` and take the scores of this step.
@@ -125,7 +126,7 @@ class Importance:
         """
         del outputs
         if scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.update()
             return
         scaler.scale(loss).backward()
@@ -142,7 +143,7 @@ class Importance:
             return
         values = self._gate_values(grad_scale) if self.criterion.gate else self._other_values(grad_scale)
         finite = values.isfinite().all()
-        if self._window is None:
+        if self._window is None or self._counts is None:
             self._window = torch.zeros_like(values)
             self._counts = torch.zeros(2, dtype=torch.int64, device=values.device)
         # Decided on the device: a step that is skipped costs no synchronisation either.
@@ -206,7 +207,7 @@ class Importance:
             )
         return passes
 
-    # -- reading -----------------------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------
 
     @property
     def steps(self) -> int:
@@ -258,7 +259,7 @@ class Importance:
         norms = ops.weight_importance(weights, weights, [dim for _, dim in places], "sum")
         return self._from_parameters(dict(zip(places, norms, strict=True)))
 
-    # -- windows, cuts, state ------------------------------------------------------------------------------------------------
+    # -- windows, cuts, state --------------------------------------------------
 
     def fold(self) -> None:
         """End the window at a prune step: its mean goes into the moving average with weight ``1 - momentum``."""
@@ -269,9 +270,7 @@ class Importance:
 
     def reset(self) -> None:
         """Forget everything that was collected."""
-        self._average = self._drawn = None
-        self._window: Tensor | None = None
-        self._counts: Tensor | None = None
+        self._average = self._drawn = self._window = self._counts = None
         if self._sites is not None:
             self._sites.take()
 
@@ -279,7 +278,8 @@ class Importance:
         """Follow a cut of the model: drop what was collected for units that are gone.
 
         Args:
-            keep: ``{group: int64 indices}`` among the units before the cut, as in a plan; ``groups`` has already shrunk.
+            keep: ``{group: int64 indices}`` among the units before the cut, as in a plan; ``groups`` has already
+                shrunk.
         """
         start, parts = 0, []
         for name, size in self._sizes.items():
@@ -345,7 +345,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _examples(group: ChannelGroup, forward: ForwardPass, *, mean: bool) -> Tensor:
-    """t[n, unit] of one forward pass, added up over all readers; with ``mean`` each reader's sum is divided by its L."""
+    """t[n, unit] of one forward pass, added up over readers; with ``mean`` each reader's sum is divided by its L."""
     total: Tensor | None = None
     for member in group.role("read"):
         sums = forward.sums.get(member.tensor)
@@ -355,8 +355,8 @@ def _examples(group: ChannelGroup, forward: ForwardPass, *, mean: bool) -> Tenso
         t = t / forward.length[member.tensor] if mean else t
         if total is not None and total.shape != t.shape:
             raise InputError(
-                f"group {group.name!r}: its readers see {total.shape[0]} and {t.shape[0]} examples in one forward pass; "
-                "per-example criteria need one batch size, use criterion='taylor_fo'"
+                f"group {group.name!r}: its readers see {total.shape[0]} and {t.shape[0]} examples in one forward "
+                "pass; per-example criteria need one batch size, use criterion='taylor_fo'"
             )
         total = t if total is None else total + t
     if total is None:

@@ -51,7 +51,7 @@ class UnitSums:
         self._index = torch.cat(padded) if padded else torch.empty(0, widest, dtype=torch.int64)
 
     def __call__(self, vectors: Mapping[Place, Tensor]) -> Tensor:
-        """Flat ``[units]``: the sum over each unit's positions. A place that is missing from ``vectors`` counts as zeros."""
+        """Flat ``[units]``: the sum over each unit's positions. A place missing from ``vectors`` counts as zeros."""
         some = next(iter(vectors.values()))
         ends = [*self.start[1:], self.total]
         pieces = [

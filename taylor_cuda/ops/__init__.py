@@ -29,7 +29,8 @@ def channel_importance(activation: Tensor, gradient: Tensor, reduction: str = "b
 
     With t[n, c] = Σ_l a·g over the L positions of a feature map:
 
-    - ``"batch"``: (Σ_n t)², Taylor-FO of a gate on the channel (arXiv:1906.10771, eq. 8). For a loss that is the batch's mean.
+    - ``"batch"``: (Σ_n t)², Taylor-FO of a gate on the channel (arXiv:1906.10771). For a loss that is the
+      batch's mean.
     - ``"sample"``: Σ_n t², every example on its own.
     - ``"abs"``: mean_n |t / L|, the Taylor criterion of arXiv:1611.06440.
     - ``"element"``: Σ_{n,l} (a·g)².
@@ -92,8 +93,8 @@ def weight_importance(
 ) -> list[Tensor]:
     """Importance of every channel of many layers from their weights and gradients, in one launch.
 
-    ``dims[i]`` is the dimension of ``weights[i]`` that counts channels: 0 for the channels a convolution or linear layer writes,
-    1 for those it reads. The products are summed over all other dimensions:
+    ``dims[i]`` is the dimension of ``weights[i]`` that counts channels: 0 for the channels a convolution or linear
+    layer writes, 1 for those it reads. The products are summed over all other dimensions:
 
     - ``"sum"``: Σ w·g, signed. Over a layer's inputs this is dE/dz of a gate in front of it, its share of the channel's
       first-order effect (arXiv:1906.10771); square it after adding the layers up.

@@ -1,8 +1,8 @@
 """The only place that chooses which implementation of an op runs.
 
-Three backends, one signature: ``native`` (C++ and CUDA C++ in ``taylor_cuda/_C*.so``), ``triton`` (``taylor_cuda.kernels``) and
-``reference`` (plain PyTorch, always there). A backend that was asked for and is missing raises; a preferred one that is missing is
-skipped, and ``python -m taylor_cuda.info`` shows it.
+Three backends, one signature: ``native`` (C++ and CUDA C++ in ``taylor_cuda/_C*.so``), ``triton``
+(``taylor_cuda.kernels``) and ``reference`` (plain PyTorch, always there). A backend that was asked for and is missing
+raises; a preferred one that is missing is skipped, and ``python -m taylor_cuda.info`` shows it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Implementation = Callable[..., Any]
 NAMES = ("native", "triton", "reference")
 OPS = ("channel_importance", "channel_sums", "accumulate_channel_sums", "weight_importance")
 
-# Best first. The order for CUDA is a presumption until a GPU run shows otherwise, op by op; such a row goes into PREFERENCE_OF_OP.
+# Best first. The order for CUDA is a presumption until a GPU run shows otherwise, op by op; such a row goes into
+# PREFERENCE_OF_OP.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
     "cuda": ("native", "triton", "reference"),
@@ -77,7 +78,7 @@ def _find_triton(op: str, device: str) -> Implementation | None:
 
 @functools.cache
 def find(op: str, backend: str, device: str) -> Implementation | None:
-    """The implementation of an op in one backend for one device type (``"cpu"``, ``"cuda"``), or None where there is none."""
+    """The implementation of an op in one backend for one device type (``"cpu"``, ``"cuda"``), None if there is none."""
     if op not in OPS:
         raise InputError(f"op: wanted one of {', '.join(OPS)}, got {op!r}")
     if backend == "native":
@@ -112,10 +113,7 @@ def select(op: str, device: str) -> Implementation:
 
 @functools.cache
 def _select(op: str, device: str, wanted: str | None) -> Implementation:
-    if wanted is None:
-        found = find(op, available(op, device)[0], device)
-    else:
-        found = find(op, wanted, device)
+    found = find(op, wanted or available(op, device)[0], device)
     if found is None:
         raise InputError(
             f"backend: {wanted!r} was asked for, but has no {op} for {device} tensors here; there is "
@@ -134,7 +132,7 @@ def use(name: str) -> Iterator[None]:
     Raises:
         InputError: no backend has that name.
     """
-    global _asked  # noqa: PLW0603
+    global _asked
     if name not in NAMES:
         raise InputError(f"backend: wanted one of {', '.join(NAMES)}, got {name!r}")
     before, _asked = _asked, name

@@ -48,7 +48,7 @@ def check_activation_pair(activation: Tensor, gradient: Tensor) -> None:
 
 
 def check_sums(activation: Tensor, sums: Tensor, name: str) -> None:
-    """Raise unless ``sums`` can take the sums of ``activation``: ``[C]`` or ``[N, C]``, contiguous, float32 (float64 for float64)."""
+    """Raise unless ``sums`` can take the sums of ``activation``: ``[C]`` or ``[N, C]``, contiguous, right dtype."""
     check_tensor(sums, "sums")
     wanted = tuple(activation.shape[:2])
     if tuple(sums.shape) not in (wanted[1:], wanted):
@@ -75,7 +75,7 @@ def check_reduction(reduction: str, choices: Sequence[str]) -> None:
 def check_weight_lists(weights: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int]) -> list[int]:
     """Raise unless the three lists fit together; the dims, counted from the front."""
     for name, value in (("weights", weights), ("gradients", gradients), ("dims", dims)):
-        if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        if not isinstance(value, Sequence):
             raise InputError(f"{name}: wanted a list, got {type(value).__name__}")
     if not len(weights) == len(gradients) == len(dims):
         raise InputError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taylor_cuda.errors import InputError
 from taylor_cuda.ops import checks, library, reference
 
 
@@ -30,17 +31,18 @@ class _ScoreGate(torch.autograd.Function):
 def score_gate(x: Tensor, sums: Tensor) -> Tensor:
     """Identity whose backward pass adds Σ_l x·dE/dy into ``sums``: the gradient of a gate of 1 on every channel.
 
-    With y = z·x and z = 1, dE/dz_c = Σ_{n,l} x·dE/dy, and its square is the Taylor-FO importance (arXiv:1906.10771, eq. 8). No
-    multiplication happens in the forward pass and x is not copied: the backward pass reads x and the gradient once.
+    With y = z·x and z = 1, dE/dz_c = Σ_{n,l} x·dE/dy, and its square is the Taylor-FO importance (arXiv:1906.10771).
+    No multiplication happens in the forward pass and x is not copied: the backward pass reads x and the gradient once.
 
-    Every pass of autograd through the gate adds the products with the gradient that arrives in that pass; so does the second
-    pass of a double backward. Clear ``sums`` between steps. Where x needs no gradient, nothing arrives and nothing is added.
-    ``sums`` may be shared by several gates. Works under ``torch.compile(fullgraph=True)``.
+    Every pass of autograd through the gate adds the products with the gradient that arrives in that pass; so does the
+    second pass of a double backward. Clear ``sums`` between steps. Where x needs no gradient, nothing arrives and
+    nothing is added. ``sums`` may be shared by several gates. Works under ``torch.compile(fullgraph=True)``.
 
     Args:
-        x: ``[N, C, *spatial]``, float32, float16, bfloat16 (float64 on the CPU), any strides. It may not be changed in place
-            afterwards, and neither may the result: an in-place ReLU behind the gate raises.
-        sums: ``[C]`` (summed over the batch as well) or ``[N, C]``, contiguous, float32 (float64 for float64 x), on x's device.
+        x: ``[N, C, *spatial]``, float32, float16, bfloat16 (float64 on the CPU), any strides. It may not be
+            changed in place afterwards, and neither may the result: an in-place ReLU behind the gate raises.
+        sums: ``[C]`` (summed over the batch as well) or ``[N, C]``, contiguous, float32 (float64 for float64 x), on
+            x's device.
 
     Returns:
         x, as a view that autograd sends through the gate.
@@ -50,17 +52,17 @@ def score_gate(x: Tensor, sums: Tensor) -> Tensor:
     """
     checks.check_tensor(x, "x")
     if x.dim() < 2:
-        raise checks.InputError(f"x: wanted [N, C, *spatial], got shape {tuple(x.shape)}")
+        raise InputError(f"x: wanted [N, C, *spatial], got shape {tuple(x.shape)}")
     checks.check_sums(x, sums, "x")
-    result: Tensor = _ScoreGate.apply(x, sums)  # type: ignore[no-untyped-call]
+    result: Tensor = _ScoreGate.apply(x, sums)
     return result
 
 
 class ScoreGate(nn.Module):
     """``score_gate`` as a module that owns its sums.
 
-    The sums are no buffer, for DistributedDataParallel would overwrite them with those of rank 0; they follow the module to
-    another device, and stay float32 in a 16-bit model.
+    The sums are no buffer, for DistributedDataParallel would overwrite them with those of rank 0; they follow the
+    module to another device, and stay float32 in a 16-bit model.
 
     Args:
         num_channels: size of dimension 1 of the input.
@@ -92,7 +94,7 @@ class ScoreGate(nn.Module):
         return str(self.sums.shape[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScoreGate:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = fn(self.sums)
         self.sums = moved.to(reference.result_dtype(moved.dtype))
         return self

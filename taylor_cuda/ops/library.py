@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taylor_cuda.ops import backends, reference
 
-_LIBRARY = torch.library.Library("taylor_cuda", "DEF")  # noqa: TOR901 (kept alive: the ops die with it)
+_LIBRARY = torch.library.Library("taylor_cuda", "DEF")
 
 
 def _define(op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> None:

@@ -1,7 +1,10 @@
-"""The definition of every op in plain PyTorch. Its annotations are the op's schema; every other backend is tested against it.
+"""The definition of every op in plain PyTorch.
 
-Notation: activation a and gradient g = dE/da are ``[N, C, *spatial]``, L is the product of the spatial sizes, and every product
-a·g is taken in float32 (float64 for float64 inputs). An empty sum is 0, and so is the mean of an empty batch.
+Its annotations are the op's schema, and every other backend is tested against it.
+
+Notation: activation a and gradient g = dE/da are ``[N, C, *spatial]``, L is the product of the spatial sizes, and
+every product a·g is taken in float32 (float64 for float64 inputs). An empty sum is 0, and so is the mean of an empty
+batch.
 """
 
 from __future__ import annotations
@@ -31,14 +34,14 @@ def _channel_products(activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 def channel_sums(activation: Tensor, gradient: Tensor) -> Tensor:
-    """t[n, c] = Σ_l a·g: minus the first-order change of example n's loss when channel c is removed (arXiv:1906.10771)."""
+    """t[n, c] = Σ_l a·g: minus the first-order change of example n's loss when channel c goes (arXiv:1906.10771)."""
     return _channel_products(activation, gradient).sum(dim=2)
 
 
 def channel_importance(activation: Tensor, gradient: Tensor, reduction: str = "batch") -> Tensor:
     """Importance of every channel, ``[C]``, with t[n, c] = Σ_l a·g.
 
-    ``"batch"``    (Σ_n t)²: Taylor-FO of a gate, the square of dE/dz (arXiv:1906.10771, eq. 8)
+    ``"batch"``    (Σ_n t)²: Taylor-FO of a gate, the square of dE/dz (arXiv:1906.10771)
     ``"sample"``   Σ_n t²: the same for every example on its own
     ``"abs"``      mean_n |t / L|: the Taylor criterion of arXiv:1611.06440
     ``"element"``  Σ_{n,l} (a·g)²
@@ -55,7 +58,7 @@ def channel_importance(activation: Tensor, gradient: Tensor, reduction: str = "b
 
 
 def accumulate_channel_sums(activation: Tensor, gradient: Tensor, sums: Tensor) -> None:
-    """Add Σ_l a·g to ``sums`` ``[N, C]``, or Σ_{n,l} a·g to ``sums`` ``[C]``: the gradient of a gate of 1 on every channel."""
+    """Add Σ_l a·g to ``sums`` ``[N, C]``, or Σ_{n,l} a·g to ``sums`` ``[C]``: the gradient of a gate of 1."""
     added = channel_sums(activation, gradient)
     sums.add_(added if sums.dim() == 2 else added.sum(dim=0))
 
@@ -63,15 +66,21 @@ def accumulate_channel_sums(activation: Tensor, gradient: Tensor, sums: Tensor) 
 def weight_importance(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int], reduction: str = "sum"
 ) -> list[Tensor]:
-    """Importance of every index of dimension ``dims[i]`` of ``weights[i]``, ``[C_i]`` each, summed over the other dimensions.
+    """Importance of every index of dimension ``dims[i]`` of ``weights[i]``, ``[C_i]`` each.
 
-    ``"sum"``     Σ w·g, signed: dE/dz of a gate on those weights (arXiv:1906.10771, section 3.2)
+    Summed over the other dimensions:
+
+    ``"sum"``     Σ w·g, signed: dE/dz of a gate on those weights (arXiv:1906.10771)
     ``"square"``  Σ (w·g)²: Taylor-FO of every weight on its own, added up
     ``"abs"``     Σ |w·g|
     """
     scores = []
     for weight, gradient, dim in zip(weights, gradients, dims, strict=True):
-        products = _products(weight, gradient).movedim(dim, 0).flatten(1) if weight.dim() > 1 else _products(weight, gradient)[:, None]
+        products = (
+            _products(weight, gradient).movedim(dim, 0).flatten(1)
+            if weight.dim() > 1
+            else _products(weight, gradient)[:, None]
+        )
         if reduction == "square":
             products = products.square()
         elif reduction == "abs":

@@ -19,7 +19,7 @@ __all__ = ["MaskedReference", "quiet", "relative_difference"]
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.12}
 """Relative to the largest magnitude of the compared tensor. Cut and masked sum the same terms in another order: at most
-22 eps in fp64, 11 in fp32 and 4 in 16 bits on eight networks from resnet18 to vit_b_16. A wrong position is of order 1."""
+22 eps in fp64, 11 in fp32 and 4 in 16 bits on eight networks, resnet18 to vit_b_16. A wrong position is of order 1."""
 
 _REDUCED_FP32 = 0.02
 """For fp32 where products are rounded to TF32 or bfloat16 (eps 2^-10 to 2^-8, independent from product to product)."""

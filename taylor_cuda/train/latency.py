@@ -52,7 +52,7 @@ def latency_ms(
 
 def _forward_ms(model: nn.Module, x: Tensor, device: torch.device) -> float:
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         model(x)
         end.record()

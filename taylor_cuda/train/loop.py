@@ -105,7 +105,7 @@ def plain_step(
         logits = main_output(model(images))
         loss = F.cross_entropy(logits, labels)
         if backward is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         else:
             backward.backward(loss, logits)
         for watcher in watchers:
@@ -196,6 +196,7 @@ def train_stage(
                 "epoch": position.epoch,
                 "loss": quality.loss,
                 "accuracy": quality.accuracy,
+                "lr": optimizer.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - started,
             }
         )

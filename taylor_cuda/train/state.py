@@ -73,7 +73,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         rng["cuda"] = torch.cuda.get_rng_state()
     with replacing(path) as temporary:
         torch.save({"format": FORMAT, "rng": rng, **state}, temporary)

@@ -1,6 +1,7 @@
 """``taylor-cuda prune`` in this process, at tiny size: files, reports, stopping and going on."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -85,6 +86,10 @@ def test_log_is_json_lines_in_order(straight):
     macs = [record["macs"] for record in records if record["event"] == "prune"]
     assert macs == sorted(macs, reverse=True)
     assert macs[-1] == summary_of(straight)["macs_after"]
+    # Half a cosine from 0.05 over 4 steps, then a fifth of it while pruning, then half a cosine from there.
+    last = 0.5 * (1 + math.cos(0.75 * math.pi))
+    rates = [record["lr"] for record in records if record["event"] == "epoch"]
+    assert rates == pytest.approx([0.05 * last, 0.01, 0.01, 0.01 * last])
 
 
 def test_what_is_printed(capsys, tmp_path, straight):

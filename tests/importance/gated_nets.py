@@ -1,10 +1,12 @@
 """Small networks with an explicit, hand-placed gate where each group's channels are read: the definition of the scores.
 
-``gates`` maps a group's name (the module that writes its channels) to a vector that multiplies the channels wherever a reader
-takes them. Without gates the networks are ordinary modules. Nothing here uses the package.
+``gates`` maps a group's name (the module that writes its channels) to a vector that multiplies the channels wherever a
+reader takes them. Without gates the networks are ordinary modules. Nothing here uses the package.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ class GatedNet(nn.Module):
     """Base: ``self.gated(name, x, dim)`` multiplies by the gate of that name, if there is one."""
 
     input_shape: tuple[int, ...] = (4, 3, 8, 8)
-    group_sizes: dict[str, int]
+    group_sizes: ClassVar[dict[str, int]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +33,7 @@ class GatedNet(nn.Module):
 class ConvBN(GatedNet):
     """conv-BN-ReLU twice and a linear head: the affine form holds (ReLU and mean are homogeneous)."""
 
-    group_sizes = {"conv1": 6, "conv2": 5}
+    group_sizes: ClassVar[dict[str, int]] = {"conv1": 6, "conv2": 5}
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class ConvBN(GatedNet):
 class ConvBias(GatedNet):
     """Convolutions with bias, SiLU and max pooling: only the readers' side is exact."""
 
-    group_sizes = {"conv1": 6, "conv2": 5}
+    group_sizes: ClassVar[dict[str, int]] = {"conv1": 6, "conv2": 5}
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class Linears(GatedNet):
     """A multi-layer perceptron over tokens [N, T, C]."""
 
     input_shape = (4, 7, 9)
-    group_sizes = {"fc1": 8, "fc2": 6}
+    group_sizes: ClassVar[dict[str, int]] = {"fc1": 8, "fc2": 6}
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +83,7 @@ class Linears(GatedNet):
 class Residual(GatedNet):
     """A stem whose channels go through two residual blocks: one shared stream, two inner groups."""
 
-    group_sizes = {"stem": 6, "a1": 4, "b1": 5}
+    group_sizes: ClassVar[dict[str, int]] = {"stem": 6, "a1": 4, "b1": 5}
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +107,7 @@ class Concat(GatedNet):
     """Two branches concatenated, then flattened into a linear head: several positions a unit."""
 
     input_shape = (4, 3, 6, 6)
-    group_sizes = {"left": 4, "right": 3, "merge": 5}
+    group_sizes: ClassVar[dict[str, int]] = {"left": 4, "right": 3, "merge": 5}
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,9 +122,11 @@ class Concat(GatedNet):
 
 
 class Depthwise(GatedNet):
-    """Pointwise, depthwise, pointwise with ReLU6: the unit passes the depthwise filter and ends at the second pointwise."""
+    """Pointwise, depthwise, pointwise with ReLU6: the unit passes the depthwise filter and ends at the second
+    pointwise.
+    """
 
-    group_sizes = {"expand": 6, "project": 5}
+    group_sizes: ClassVar[dict[str, int]] = {"expand": 6, "project": 5}
 
     def __init__(self) -> None:
         super().__init__()

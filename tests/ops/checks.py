@@ -8,7 +8,9 @@ from taylor_cuda.ops import backends
 from tests.gpu.cases import Ops
 
 DEVICE = "cpu"
-BACKENDS = [name for name in ("native", "reference") if all(name in backends.available(op, DEVICE) for op in backends.OPS)]
+BACKENDS = [
+    name for name in ("native", "reference") if all(name in backends.available(op, DEVICE) for op in backends.OPS)
+]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

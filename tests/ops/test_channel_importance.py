@@ -43,7 +43,11 @@ def test_large_tensors_are_split_without_losing_any(backend: str, layout: str) -
     activation, gradient = (tensor.repeat(40, 3, *[2] * (tensor.dim() - 2)) for tensor in (activation, gradient))
     for memory in (activation, activation.transpose(0, 1).contiguous().transpose(0, 1)):
         sums = ops_of(backend).channel_sums(memory, gradient)
-        expected = (activation.double() * gradient.double()).flatten(2).sum(2) if activation.dim() > 2 else activation * gradient
+        expected = (
+            (activation.double() * gradient.double()).flatten(2).sum(2)
+            if activation.dim() > 2
+            else activation * gradient
+        )
         assert torch.equal(sums.double(), expected.double())
 
 
@@ -83,7 +87,12 @@ def test_an_empty_batch_is_zero() -> None:
 @pytest.mark.parametrize(
     ("activation", "gradient", "reduction", "message"),
     [
-        (torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), "batch", r"gradient: wanted the shape of activation, \(2, 3, 4\), got \(2, 3, 5\)"),
+        (
+            torch.zeros(2, 3, 4),
+            torch.zeros(2, 3, 5),
+            "batch",
+            r"gradient: wanted the shape of activation, \(2, 3, 4\), got \(2, 3, 5\)",
+        ),
         (torch.zeros(2, 3), torch.zeros(2, 3).bfloat16(), "batch", "gradient: wanted torch.float32"),
         (torch.zeros(2, 3).int(), torch.zeros(2, 3).int(), "batch", "activation: wanted float32"),
         (torch.zeros(3), torch.zeros(3), "batch", r"activation: wanted \[N, C"),

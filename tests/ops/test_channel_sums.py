@@ -17,7 +17,7 @@ def test_by_hand(backend: str) -> None:
 
 @each_backend
 def test_products_of_16_bit_numbers_are_not_rounded(backend: str) -> None:
-    """1.0078125² has 15 significant bits: bf16 would lose the last ones, and with them the difference to its neighbour."""
+    """1.0078125² has 15 significant bits, of which bf16 keeps 8."""
     activation = torch.full((1, 1, 4), 1.0078125, dtype=torch.bfloat16)
     assert ops_of(backend).channel_sums(activation, activation).item() == 4 * 1.0078125**2
 

@@ -92,7 +92,10 @@ def test_a_backend_that_was_asked_for_runs() -> None:
 def test_a_backend_that_is_missing_raises_and_says_what_there_is() -> None:
     with backends.use("triton"), pytest.raises(tc.InputError, match=r"'triton' was asked for, but has no channel_sums"):
         tc.channel_sums(*PAIR)
-    with pytest.raises(tc.InputError, match="backend: wanted one of native, triton, reference, got 'cudnn'"), backends.use("cudnn"):
+    with (
+        pytest.raises(tc.InputError, match="backend: wanted one of native, triton, reference, got 'cudnn'"),
+        backends.use("cudnn"),
+    ):
         pass
 
 

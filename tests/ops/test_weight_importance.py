@@ -46,7 +46,9 @@ def test_lists_that_are_long_or_empty() -> None:
 
 
 def test_threads_change_no_bit() -> None:
-    weights, gradients, dims = make_weights(["broad rows, input side", "tall, input side", "long filters", "7x7"], "fp32")
+    weights, gradients, dims = make_weights(
+        ["broad rows, input side", "tall, input side", "long filters", "7x7"], "fp32"
+    )
     runs = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -57,7 +59,10 @@ def test_threads_change_no_bit() -> None:
 
 def test_input_side_is_the_gradient_of_a_gate() -> None:
     """Σ W[:, c]·dW[:, c] = dE/dz_c for a gate z on the input of a layer (DESIGN 3.3)."""
-    x, weight = torch.randn(4, 5, 6, 6, dtype=torch.float64), torch.randn(7, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    x, weight = (
+        torch.randn(4, 5, 6, 6, dtype=torch.float64),
+        torch.randn(7, 5, 3, 3, dtype=torch.float64, requires_grad=True),
+    )
     gate = torch.ones(5, dtype=torch.float64, requires_grad=True)
     torch.nn.functional.conv2d(x * gate.view(1, -1, 1, 1), weight).sin().sum().backward()
     (result,) = tc.weight_importance([weight], [weight.grad], [1])

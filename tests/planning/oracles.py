@@ -129,24 +129,24 @@ def restore(p: Problem, counts: list[int]) -> list[int]:
 def random_problem(seed: int, groups: int, costs: int, joined: bool = True, feasible: bool = True) -> Problem:
     """Coupled costs, odd quanta, ties, zero and negative values, and limits anywhere between least and full cost."""
     rng = random.Random(seed)
-    sizes = [rng.randint(1, 9) for _ in range(groups)]
-    quantum = [rng.choice([1, 2, 2, 3]) for _ in range(groups)]
-    lowest = [-(-rng.randint(1, size) // step) * step for size, step in zip(sizes, quantum, strict=True)]
+    sizes = [rng.randint(1, 14) for _ in range(groups)]
+    quantum = [rng.choice([1, 2, 3, 4]) for _ in range(groups)]
+    lowest = [-(-rng.randint(1, 1 + size // 3) // step) * step for size, step in zip(sizes, quantum, strict=True)]
     first = [(size - 1) // step * step for size, step in zip(sizes, quantum, strict=True)]
     for g, size in enumerate(sizes):
         if lowest[g] > first[g]:
             lowest[g] = first[g] = size
-    scale = rng.choice([1.0, 0.1])
-    draw_value = rng.choice([lambda: rng.choice([-2.5, 0.0, 0.0, 0.1, 1.0, 1.0, 2.0, 7.0]), lambda: rng.random() - 0.1])
-    values = [sorted(scale * draw_value() for _ in range(size)) for size in sizes]
-    factors = rng.randint(1, 6)
-    widths = [
-        [(g, rng.randint(1, 3)) for g in rng.sample(range(groups), min(groups, 1 + f % 2))] for f in range(factors)
-    ]
-    products = [[rng.randrange(factors) for _ in range(rng.randint(1, 3))] for _ in range(rng.randint(1, 6))]
-    coefficients = [[max(0, rng.randint(-9, 40)) for _ in products] for _ in range(costs)]
+    draw_value = rng.choice(
+        [lambda: rng.choice([-2.5, 0.0, 0.1, 1.0, 1.0, 2.0, 7.0]), lambda: rng.random() ** 2 - 0.02]
+    )
+    values = [sorted(draw_value() for _ in range(size)) for size in sizes]
+    # Every group has a length of its own; further ones are shared, as by the branches of a concatenation.
+    widths = [[(g, rng.randint(1, 3))] for g in range(groups)]
+    widths += [[(g, rng.randint(1, 2)) for g in rng.sample(range(groups), min(groups, 2))] for _ in range(groups // 2)]
+    products = [[f, *rng.choices(range(len(widths)), k=rng.randint(0, 2))] for f in range(len(widths))]
+    coefficients = [[rng.choice([0, 1, 3, 30]) * 7**cost for _ in products] for cost in range(costs)]
     sets = [-1] * groups
-    members = [g for g in range(groups) if first[g] < sizes[g] and rng.random() < 0.75]
+    members = [g for g in range(groups) if first[g] < sizes[g] and rng.random() < 0.6]
     if joined and len(members) > 1 and any(sizes[g] % quantum[g] for g in members):
         for g in members:
             sets[g] = members[0]
@@ -155,19 +155,20 @@ def random_problem(seed: int, groups: int, costs: int, joined: bool = True, feas
         coefficients=coefficients,
         originals=[1] * costs,
         limits=[0] * costs,
-        per_cost=rng.random() < 0.7,
+        per_cost=rng.random() < 0.8,
     )
     start, end = totals(problem, sizes), totals(problem, lowest_counts(problem))
-    limits = [rng.randint(low if feasible else low // 2, high) for low, high in zip(end, start, strict=True)]
+    share = rng.uniform(0.05 if feasible else -0.3, 0.95)
+    limits = [math.ceil(low + share * rng.uniform(0.8, 1) * (high - low)) for low, high in zip(end, start, strict=True)]
     return replace(problem, originals=[max(cost, 1) for cost in start], limits=limits)
 
 
-def problems(costs: int = 3, joined: bool = True, feasible: bool = True) -> st.SearchStrategy[Problem]:
-    """``random_problem`` with one to five groups and up to ``costs`` limits."""
+def problems(groups: int = 5, costs: int = 3, joined: bool = True, feasible: bool = True) -> st.SearchStrategy[Problem]:
+    """``random_problem`` with up to ``groups`` groups and ``costs`` limits."""
     return st.builds(
         random_problem,
         seed=st.integers(0, 2**32),
-        groups=st.integers(1, 5),
+        groups=st.integers(1, groups),
         costs=st.integers(1, costs),
         joined=st.just(joined),
         feasible=st.just(feasible),

@@ -18,7 +18,7 @@ fractions = st.floats(0.05, 1.0)
 budgets = st.dictionaries(st.sampled_from(["macs", "params", "channels"]), fractions, min_size=1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     left=st.integers(1, 24),
     right=st.integers(1, 24),

@@ -99,3 +99,19 @@ def test_lazy_modules_are_refused():
     model.extra = nn.LazyLinear(3)
     with pytest.raises(InputError, match=r"extra\.weight has no shape yet"):
         cut(model, groups, random_keep(groups))
+
+
+def test_sharded_models_are_refused():
+    class FSDPModule:
+        """What ``fully_shard`` mixes into a module's class."""
+
+    class Sharded(ConvBN, FSDPModule):
+        pass
+
+    model, _, groups = make(Sharded)
+    with pytest.raises(InputError, match="sharded by FSDP"):
+        cut(model, groups, random_keep(groups))
+    model, _, groups = make(ConvBN)
+    model.conv1.weight.placements = ()
+    with pytest.raises(InputError, match=r"conv1\.weight is distributed over devices"):
+        cut(model, groups, random_keep(groups))
