@@ -1,5 +1,5 @@
-// What every native op shares: checks, the names of reductions, the walk over two tensors at once, the choice of a type.
-// Sizes, strides and offsets are int64 and in elements.
+// What every native op shares: checks, the names of reductions, the walk over two tensors at once, the choice of a
+// type. Sizes, strides and offsets are int64 and in elements.
 
 #pragma once
 
@@ -72,7 +72,8 @@ inline void check_sums(const Tensor& activation, const Tensor& sums) {
                   "accumulate_channel_sums: sums must be float32, or float64 for float64 activations");
 }
 
-// The contract of one (weight, gradient, dim) of weight_importance: the types agree, or a float32 weight has a 16-bit gradient.
+// The contract of one (weight, gradient, dim) of weight_importance: the types agree, or a float32 weight has a 16-bit
+// gradient.
 inline void check_weight_pair(const Tensor& weight, const Tensor& gradient, int64_t dim) {
   check_same_shape(weight, gradient, "weight_importance");
   STD_TORCH_CHECK(dim >= 0 && dim < weight.dim(), "weight_importance: no dimension ", dim);
@@ -89,21 +90,23 @@ struct Loop {
   int64_t stride_g = 0;
 };
 
-// Two tensors of one shape as [kept dimension] x [all others]; the others are outermost first, with those that lie end to end merged.
+// Two tensors of one shape as [kept dimension] x [all others]; the others are outermost first, with those that lie end
+// to end merged.
 struct Walk {
   Loop sample;  // dimension 0, where it is not among the others
   Loop channel;
   std::vector<Loop> rest;
 };
 
-inline Loop loop_of(const Tensor& a, const Tensor& g, int64_t dim) { return {a.size(dim), a.stride(dim), g.stride(dim)}; }
+inline Loop loop_of(const Tensor& a, const Tensor& g, int64_t dim) {
+  return {a.size(dim), a.stride(dim), g.stride(dim)};
+}
 
 // Sort outermost first and merge neighbours that form one loop. Loops of size 1 vanish.
 inline std::vector<Loop> merged(std::vector<Loop> loops) {
   loops.erase(std::remove_if(loops.begin(), loops.end(), [](const Loop& loop) { return loop.size == 1; }), loops.end());
-  std::stable_sort(loops.begin(), loops.end(), [](const Loop& x, const Loop& y) {
-    return x.stride_a + x.stride_g > y.stride_a + y.stride_g;
-  });
+  std::stable_sort(loops.begin(), loops.end(),
+                   [](const Loop& x, const Loop& y) { return x.stride_a + x.stride_g > y.stride_a + y.stride_g; });
   std::vector<Loop> result;
   for (const Loop& inner : loops) {
     if (!result.empty() && result.back().stride_a == inner.stride_a * inner.size &&

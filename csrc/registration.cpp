@@ -1,5 +1,5 @@
-// Every native schema, once. Kernels for the CPU are in csrc/cpu (this library), those for CUDA in csrc/cuda (_C_cuda.so);
-// what an op computes is in taylor_cuda/ops/reference.py, whose signatures these are.
+// Every native schema, once. Kernels for the CPU are in csrc/cpu (this library), those for CUDA in csrc/cuda
+// (_C_cuda.so); what an op computes is in taylor_cuda/ops/reference.py, whose signatures these are.
 
 #include <torch/csrc/stable/library.h>
 

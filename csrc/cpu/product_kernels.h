@@ -1,5 +1,6 @@
-// The inner loops of product_sums, compiled once for each instruction set. The including file defines TAYLOR_TARGET (the target
-// attribute), TAYLOR_NAMESPACE and TAYLOR_WIDTH (bits of a vector register), and no function here may be shared between them: hence the anonymous namespace.
+// The inner loops of product_sums, compiled once for each instruction set. The including file defines TAYLOR_TARGET
+// (the target attribute), TAYLOR_NAMESPACE and TAYLOR_WIDTH (bits of a vector register), and no function here may be
+// shared between them: hence the anonymous namespace.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -47,7 +48,8 @@ TAYLOR_INLINE Float8 widen(const Half* p) {
 TAYLOR_INLINE Float8 widen(const Half* p) {
   const UInt8 bits = __builtin_convertvector(load<UShort8>(p), UInt8);
   const UInt8 magnitude = (bits & 0x7fffu) << 13;
-  const Float8 scaled = reinterpret_cast<Float8>(magnitude) * 0x1p112f;  // rebias the exponent; right for subnormals too
+  const Float8 scaled =
+      reinterpret_cast<Float8>(magnitude) * 0x1p112f;  // rebias the exponent; right for subnormals too
   const UInt8 special = reinterpret_cast<UInt8>((bits & 0x7c00u) == 0x7c00u);
   const UInt8 value = (special & (magnitude | 0x7f800000u)) | (~special & reinterpret_cast<UInt8>(scaled));
   return reinterpret_cast<Float8>(value | ((bits & 0x8000u) << 16));
@@ -179,21 +181,9 @@ TAYLOR_TARGET void rows(const TA* a, const TG* g, const Piece& piece, double* ou
   }
 }
 
-// A prefetch of one cache line for each that is read, `ahead` elements further on: where rows are cut, the hardware can't guess the next.
-template <Term term, bool far, typename TA, typename TG>
-TAYLOR_INLINE void add_to_columns(const TA* a, const TG* g, int64_t width, double* sums, int64_t ahead_a, int64_t ahead_g) {
+template <Term term, typename TA, typename TG>
+TAYLOR_INLINE void add_to_columns(const TA* a, const TG* g, int64_t width, double* sums) {
   int64_t i = 0;
-  if constexpr (far) {
-    constexpr int kStep = 64 / std::min(sizeof(TA), sizeof(TG));
-    for (; i + kStep <= width; i += kStep) {
-      for (size_t b = 0; b < kStep * sizeof(TA); b += 64) __builtin_prefetch(reinterpret_cast<const char*>(a + i + ahead_a) + b);
-      for (size_t b = 0; b < kStep * sizeof(TG); b += 64) __builtin_prefetch(reinterpret_cast<const char*>(g + i + ahead_g) + b);
-      for (int j = 0; j < kStep; j += 8) {
-        const Double8 s = load<Double8>(sums + i + j) + apply<term>(products<1, 1>(a + i + j, g + i + j));
-        std::memcpy(sums + i + j, &s, sizeof(s));
-      }
-    }
-  }
   for (; i + 8 <= width; i += 8) {
     const Double8 s = load<Double8>(sums + i) + apply<term>(products<1, 1>(a + i, g + i));
     std::memcpy(sums + i, &s, sizeof(s));
@@ -201,25 +191,40 @@ TAYLOR_INLINE void add_to_columns(const TA* a, const TG* g, int64_t width, doubl
   for (; i < width; ++i) sums[i] += apply<term>(product(a[i], g[i]));
 }
 
-// out[c] = Σ f(a·g) over the loops and one contiguous run at each of their positions. In a run, channels lie side by side, `fold`
-// elements each, again and again; `width` elements, a whole number of such rows, are summed side by side before they are folded.
+// The same for rows that lie end to end: fewer visits of sums that fill the cache.
+template <Term term, typename TA, typename TG>
+TAYLOR_INLINE void add_rows_to_columns(const TA* a, const TG* g, int64_t width, double* sums) {
+  int64_t i = 0;
+  for (; i + 8 <= width; i += 8) {
+    Double8 s = load<Double8>(sums + i);
+    for (int r = 0; r < kRowsAtOnce; ++r) s += apply<term>(products<1, 1>(a + r * width + i, g + r * width + i));
+    std::memcpy(sums + i, &s, sizeof(s));
+  }
+  for (; i < width; ++i) {
+    for (int r = 0; r < kRowsAtOnce; ++r) sums[i] += apply<term>(product(a[r * width + i], g[r * width + i]));
+  }
+}
+
+// out[c] = Σ f(a·g) over the loops and one contiguous run at each of their positions. In a run, channels lie side by
+// side, `fold` elements each, again and again; `width` elements, a whole number of such rows, are summed side by side
+// before they are folded.
 template <Term term, typename TA, typename TG>
 TAYLOR_TARGET void columns(const TA* a, const TG* g, const Piece& piece, double* out) {
   alignas(64) double sums[kMaxWidth];
   for (int64_t i = 0; i < piece.width; ++i) sums[i] = 0;
   Cursor cursor;
   start(cursor, piece.loops, piece.loop_count);
-  const int64_t ahead_a = piece.loop_count > 0 ? kRowsAhead * piece.loops[piece.loop_count - 1].stride_a : 0;
-  const int64_t ahead_g = piece.loop_count > 0 ? kRowsAhead * piece.loops[piece.loop_count - 1].stride_g : 0;
   for (int64_t r = 0; r < piece.outer; ++r, advance(cursor)) {
     const TA* pa = a + cursor.a;
     const TG* pg = g + cursor.g;
-    if (piece.run == piece.width) {
-      add_to_columns<term, true>(pa, pg, piece.width, sums, ahead_a, ahead_g);
-      continue;
+    int64_t i = 0;
+    if (piece.width * std::min(sizeof(TA), sizeof(TG)) >= kLongRow) {
+      for (; i + kRowsAtOnce * piece.width <= piece.run; i += kRowsAtOnce * piece.width) {
+        add_rows_to_columns<term>(pa + i, pg + i, piece.width, sums);
+      }
     }
-    for (int64_t i = 0; i < piece.run; i += piece.width) {
-      add_to_columns<term, false>(pa + i, pg + i, std::min(piece.width, piece.run - i), sums, 0, 0);
+    for (; i < piece.run; i += piece.width) {
+      add_to_columns<term>(pa + i, pg + i, std::min(piece.width, piece.run - i), sums);
     }
   }
   const int64_t row = piece.channels * piece.fold;
@@ -233,7 +238,8 @@ TAYLOR_TARGET void columns(const TA* a, const TG* g, const Piece& piece, double*
   }
 }
 
-// out[c] = Σ f(a·g) over the loops, any strides. A block of channels shares the cache lines of a stretch of the innermost loop.
+// out[c] = Σ f(a·g) over the loops, any strides. A block of channels shares the cache lines of a stretch of the
+// innermost loop.
 template <Term term, typename TA, typename TG>
 TAYLOR_TARGET void strided(const TA* a, const TG* g, const Piece& piece, double* out) {
   constexpr int64_t kStretch = 64;

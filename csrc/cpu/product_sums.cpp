@@ -10,8 +10,10 @@
 namespace taylor {
 namespace {
 
-constexpr int64_t kShortRow = 16;       // shorter rows are summed side by side, as columns
-constexpr int64_t kInlineSize = 1 << 14;  // elements below which waking a second thread costs more than it saves
+constexpr int64_t kShortRow = 16;              // shorter rows are summed side by side, as columns
+constexpr int64_t kInlineSize = 1 << 14;       // elements below which waking a second thread costs more than it saves
+constexpr int64_t kInlineAdditions = 1 << 18;  // the same for sums that are in the cache
+constexpr int64_t kLeastRows = 64;  // rows of a piece of columns: clearing and folding its sums is work of one row
 
 Kernel kernel_for(const Job& job) {
 #if TAYLOR_X86
@@ -116,7 +118,7 @@ Cut cut_of(const Layout& layout) {
   if (layout.path == Path::kColumns) {
     const int64_t blocks = ceil_div(channels * layout.fold, kMaxWidth / layout.fold * layout.fold);
     cut.channels = std::min(channels, std::min(ceil_div(ceil_div(channels, blocks), 8) * 8, kMaxWidth / layout.fold));
-    wanted = std::max<int64_t>(kPieceSize / (cut.channels * layout.fold), 1);
+    wanted = std::max<int64_t>(kPieceSize / (cut.channels * layout.fold), kLeastRows);
   } else {
     const int64_t least = layout.path == Path::kStrided ? std::min(kStridedBlock, channels) : 1;
     cut.channels = std::min(channels, std::max(kPieceSize / all / least * least, least));
@@ -161,7 +163,7 @@ void Plan::add(const Job& job, double* results) {
   }
   const Cut cut = cut_of(layout);
   const int64_t width = layout.channel.size;
-  const int64_t kept = job.per_sample ? layout.sample.size : 1;  // rows of the results
+  const int64_t kept = job.per_sample ? layout.sample.size : 1;   // rows of the results
   const int64_t summed = layout.sample.size * cut.chunks / kept;  // rows of partial sums for each
   double* partial = results;
   if (summed > 1) {
@@ -236,7 +238,7 @@ void Plan::run() {
   });
   int64_t added = 0;
   for (const Addition& addition : additions_) added += addition.count * addition.channels;
-  for_each_index(static_cast<int64_t>(additions_.size()), added > kInlineSize, [this](int64_t i) {
+  for_each_index(static_cast<int64_t>(additions_.size()), added > kInlineAdditions, [this](int64_t i) {
     const Addition& addition = additions_[i];
     std::copy(addition.rows, addition.rows + addition.channels, addition.results);
     for (int64_t k = 1; k < addition.count; ++k) {
@@ -266,8 +268,13 @@ Sums product_sums(const std::vector<Job>& jobs) {
 }
 
 Job channel_job(const Tensor& activation, const Tensor& gradient, Term term, bool per_sample) {
-  return {activation.const_data_ptr(),   gradient.const_data_ptr(), activation.scalar_type(), gradient.scalar_type(),
-          walk_activation(activation, gradient), term,              per_sample};
+  return {activation.const_data_ptr(),
+          gradient.const_data_ptr(),
+          activation.scalar_type(),
+          gradient.scalar_type(),
+          walk_activation(activation, gradient),
+          term,
+          per_sample};
 }
 
 Tensor to_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type, const double* values,

@@ -1,10 +1,10 @@
 // Sums of products over all dimensions but one, of many pairs of tensors at once: the arithmetic of every CPU op.
 //
-// Computes     result[n, c] = Σ f(a·g) over all other dimensions, f(p) = p, p² or |p|; or result[c], summed over n as well
-// Numerics     fp64 sums; the product of two 16-bit floats is taken in fp32, any other in fp64 (both exact for fp32 and narrower)
-// Bytes        both tensors once; the partial sums stay below 2 % of that
-// Determinism  the work is cut by shape alone and every piece has its own place: any number of threads gives the same bits
-// Dispatch     csrc/cpu/product_kernels.h compiled for the baseline, AVX2 and AVX-512; the CPU decides at run time
+// Computes     result[n, c] = Σ f(a·g) over all other dimensions, f(p) = p, p² or |p|; or result[c], summed over n as
+// well Numerics     fp64 sums; the product of two 16-bit floats is taken in fp32, any other in fp64 (both exact for
+// fp32 and narrower) Bytes        both tensors once; the partial sums stay below 2 % of that Determinism  the work is
+// cut by shape alone and every piece has its own place: any number of threads gives the same bits Dispatch
+// csrc/cpu/product_kernels.h compiled for the baseline, AVX2 and AVX-512; the CPU decides at run time
 
 #pragma once
 
@@ -45,6 +45,7 @@ Sums product_sums(const std::vector<Job>& jobs);
 Job channel_job(const Tensor& activation, const Tensor& gradient, Term term, bool per_sample);
 
 // A contiguous result of `type` from fp64 values, each divided by `divisor`.
-Tensor to_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type, const double* values, double divisor);
+Tensor to_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type, const double* values,
+                 double divisor);
 
 }  // namespace taylor

@@ -1,4 +1,5 @@
-// weight_importance on the CPU: all tensors of the list are cut into pieces together, so threads share unequal layers evenly.
+// weight_importance on the CPU: all tensors of the list are cut into pieces together, so threads share unequal layers
+// evenly.
 
 #include "common.h"
 #include "cpu/product_sums.h"
@@ -23,7 +24,8 @@ std::vector<Tensor> weight_importance_cpu(std::vector<Tensor> weights, std::vect
   std::vector<Tensor> results;
   results.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    results.push_back(to_tensor(weights[i], {jobs[i].walk.channel.size}, result_type(weights[i].scalar_type()), sums.at(i), 1.0));
+    results.push_back(
+        to_tensor(weights[i], {jobs[i].walk.channel.size}, result_type(weights[i].scalar_type()), sums.at(i), 1.0));
   }
   return results;
 }

@@ -22,7 +22,6 @@ TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 # attributes on tensors of the copy: they live exactly as long as the tensor, and no table has to be kept
 _DIMS = "_taylor_cuda_dims"
 _SOURCE = "_taylor_cuda_source"
-_CONSTANT = "_taylor_cuda_constant"
 
 
 @dataclass(frozen=True)
@@ -138,17 +137,12 @@ class Flow:
             return [None] * tensor.dim()
         return list(dims)
 
-    def put(self, tensor: Tensor, dims: Dims, constant: bool = False) -> None:
-        """Give a tensor its labels. ``constant``: its values follow from its shape (and chance) alone."""
+    def put(self, tensor: Tensor, dims: Dims) -> None:
+        """Give a tensor its labels."""
         for labels, size in zip(dims, tensor.shape, strict=True):
             if labels is not None and labels.size != size:
                 raise ValueError(f"{labels.size} labels for a dimension of {size}")
         setattr(tensor, _DIMS, dims)
-        setattr(tensor, _CONSTANT, constant)
-
-    def is_constant(self, tensor: Tensor) -> bool:
-        """Whether the values of a tensor follow from its shape (and chance) alone."""
-        return bool(getattr(tensor, _CONSTANT, False))
 
     def parameter(self, tensor: Any) -> Source | None:
         """The parameter that ``tensor`` is; None for buffers and for what was computed."""

@@ -70,7 +70,8 @@ def connected(count: int, a: Array, b: Array) -> Array:
         if not open_edges.any():
             break
         a, b, low, high = a[open_edges], b[open_edges], low[open_edges], high[open_edges]
-        root[high] = low  # a root with several edges takes one of them; the others are still open in the next round
+        # of a root's edges to the smallest, not to any: a star would take as many rounds as it has rays
+        np.minimum.at(root, high, low)
         while True:
             above = root[root]
             if np.array_equal(above, root):

@@ -18,11 +18,10 @@ from taylor_cuda.graph.rules import Op, rule, tensors_in
 def homogeneous(flow: Flow, op: Op) -> None:
     """Elementwise, and f(z·x) = z·f(x) for z > 0."""
     dims = flow.of(op.x)
-    constant = flow.is_constant(op.x)
     for out in tensors_in(op.out):
         if out.dtype.is_floating_point != op.x.dtype.is_floating_point:
             dims = [flow.clear(labels) for labels in dims]
-        flow.put(out, dims, constant)
+        flow.put(out, dims)
     if op.name in ("alias", "_to_copy", "lift_fresh"):
         flow.put_source(op.out, flow.source(op.x))
 
@@ -49,7 +48,7 @@ def elementwise(flow: Flow, op: Op) -> None:
 def filled(flow: Flow, op: Op) -> None:
     """Overwritten with constants or chance; the channels stay what they are for whoever views the tensor."""
     if op.out.dim() == op.x.dim():
-        flow.put(op.out, [flow.clear(labels) for labels in flow.of(op.x)], constant=op.name.endswith("_"))
+        flow.put(op.out, [flow.clear(labels) for labels in flow.of(op.x)])
 
 
 def _broadcast(flow: Flow, op: Op, tensors: list[Tensor], out: Tensor) -> Dims:
@@ -86,15 +85,11 @@ def scaled(flow: Flow, op: Op) -> None:
     """A product or quotient: homogeneous in its one labelled factor if the other doesn't vary over labels."""
     tensors = list(tensors_in(op.args))
     of = [flow.of(tensor) for tensor in tensors]
-    labelled = [
-        at
-        for at, dims in enumerate(of)
-        if not flow.is_constant(tensors[at]) and any(labels is not None for labels in dims)
-    ]
+    labelled = [at for at, dims in enumerate(of) if any(labels is not None for labels in dims)]
     dims = _broadcast(flow, op, tensors, op.out)
     if len(labelled) > 1 or (op.name.startswith(("div", "true")) and labelled == [1]) or "rounding_mode" in op.kwargs:
         dims = [flow.clear(labels) for labels in dims]
-    flow.put(op.out, dims, constant=all(flow.is_constant(tensor) for tensor in tensors))
+    flow.put(op.out, dims)
 
 
 @rule("copy", "_copy_from")
@@ -210,7 +205,7 @@ def created_like(flow: Flow, op: Op) -> None:
     """A tensor of another's size, with that one's channels."""
     dims = flow.of(op.x)
     same = tuple(op.out.shape) == tuple(op.x.shape)
-    flow.put(op.out, [flow.plain(labels) for labels in dims] if same else [None] * op.out.dim(), constant=same)
+    flow.put(op.out, [flow.plain(labels) for labels in dims] if same else [None] * op.out.dim())
 
 
 @rule("_local_scalar_dense", "_assert_async", "item", "is_nonzero")

@@ -15,7 +15,7 @@ from taylor_cuda.graph.rules import Op, rule, tensors_in
 
 def _permuted(flow: Flow, op: Op, order: list[int]) -> None:
     dims = flow.of(op.x)
-    flow.put(op.out, [dims[dim] for dim in order], flow.is_constant(op.x))
+    flow.put(op.out, [dims[dim] for dim in order])
     source = flow.source(op.x)
     if source is not None:
         flow.put_source(op.out, replace(source, dims=tuple(source.dims[dim] for dim in order)))
@@ -104,13 +104,13 @@ def view(flow: Flow, op: Op) -> None:
         return
     old, new = list(op.x.shape), list(out.shape)
     if old == new:
-        flow.put(out, dims, flow.is_constant(op.x))
+        flow.put(out, dims)
         return
     result: Dims = []
     for before, after in _blocks(old, new):
         sizes = [old[dim] for dim in before]
         result += _reshape_block(flow, [dims[dim] for dim in before], sizes, [new[dim] for dim in after])
-    flow.put(out, result, flow.is_constant(op.x))
+    flow.put(out, result)
 
 
 @rule("as_strided", "resize")
@@ -133,7 +133,7 @@ def expand(flow: Flow, op: Op) -> None:
     for dim, labels in enumerate(dims):
         same = op.out.shape[new + dim] == op.x.shape[dim]
         result.append(labels if same else flow.free([labels], "a single channel, expanded")[0])
-    flow.put(op.out, result, flow.is_constant(op.x))
+    flow.put(op.out, result)
 
 
 @rule("repeat")
@@ -209,7 +209,7 @@ def slice_(flow: Flow, op: Op) -> None:
     dims = flow.of(op.x)
     if dims[dim] is not None and op.out.shape[dim] != op.x.shape[dim]:
         dims[dim] = flow.free([dims[dim]], "sliced at positions that the code holds")[0]
-    flow.put(op.out, dims, flow.is_constant(op.x))
+    flow.put(op.out, dims)
 
 
 @rule("index_select")

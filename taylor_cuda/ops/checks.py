@@ -84,23 +84,37 @@ def check_weight_lists(weights: Sequence[Tensor], gradients: Sequence[Tensor], d
         )
     positive = []
     for i, (weight, gradient, dim) in enumerate(zip(weights, gradients, dims, strict=True)):
-        check_tensor(weight, f"weights[{i}]")
-        check_tensor(gradient, f"gradients[{i}]")
-        check_same_place(weight, gradient, f"weights[{i}]", f"gradients[{i}]")
-        check_same_device(weights[0], weight, i)
-        half_gradient = weight.dtype == torch.float32 and gradient.dtype in HALVES
-        if weight.dtype != gradient.dtype and not half_gradient:
-            raise InputError(
-                f"gradients[{i}]: wanted {weight.dtype}, its weight's dtype (or 16 bits for a float32 weight), "
-                f"got {gradient.dtype}"
-            )
-        if not -weight.dim() <= dim < weight.dim():
-            raise InputError(f"dims[{i}]: wanted a dimension of shape {tuple(weight.shape)}, got {dim}")
+        if not _is_plain_pair(weight, gradient, dim, weights[0]):
+            check_weight_pair(weight, gradient, dim, weights[0], i)
         positive.append(dim % weight.dim())
     return positive
 
 
-def check_same_device(first: Tensor, weight: Tensor, i: int) -> None:
-    """Raise unless a weight lies where the first one does."""
+def _is_plain_pair(weight: Tensor, gradient: Tensor, dim: int, first: Tensor) -> bool:
+    """Whether the pair is the usual one, which spares a network of many layers the text of messages never raised."""
+    return (
+        isinstance(weight, Tensor)
+        and isinstance(gradient, Tensor)
+        and weight.dtype == gradient.dtype == torch.float32
+        and weight.shape == gradient.shape
+        and weight.device == gradient.device == first.device
+        and weight.layout == gradient.layout == torch.strided
+        and 0 <= dim < weight.dim()
+    )
+
+
+def check_weight_pair(weight: Tensor, gradient: Tensor, dim: int, first: Tensor, i: int) -> None:
+    """Raise unless entry ``i`` of the lists fits: shapes, devices, dtypes, and a dimension that exists."""
+    check_tensor(weight, f"weights[{i}]")
+    check_tensor(gradient, f"gradients[{i}]")
+    check_same_place(weight, gradient, f"weights[{i}]", f"gradients[{i}]")
     if weight.device != first.device:
         raise InputError(f"weights[{i}]: wanted it on {first.device}, where weights[0] is, got it on {weight.device}")
+    half_gradient = weight.dtype == torch.float32 and gradient.dtype in HALVES
+    if weight.dtype != gradient.dtype and not half_gradient:
+        raise InputError(
+            f"gradients[{i}]: wanted {weight.dtype}, its weight's dtype (or 16 bits for a float32 weight), "
+            f"got {gradient.dtype}"
+        )
+    if not -weight.dim() <= dim < weight.dim():
+        raise InputError(f"dims[{i}]: wanted a dimension of shape {tuple(weight.shape)}, got {dim}")

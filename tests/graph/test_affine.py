@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from taylor_cuda.graph.groups import ChannelGroup, Groups, named_tensors
 from taylor_cuda.graph.sites import ReaderInputs, active_in_forward
 from taylor_cuda.graph.tracer import trace
+from tests.graph.base import Net, conv, image
 from tests.graph.checks import no_zeros, outputs
-from tests.graph.nets import NETS, Net, conv, image
+from tests.graph.nets import NETS
 
 
 class Branches(Net):
@@ -60,6 +61,8 @@ class Variant(Net):
             x = self.dw(x)
         elif kind == "product":
             x = x * torch.sigmoid(self.m(F.relu(x)))
+        elif kind == "square":
+            x = x * x
         elif kind == "where":
             x = torch.where(x > 0, x, x * 2)
         elif kind == "side":
@@ -167,10 +170,10 @@ def test_affine_where_it_holds(kind):
     check(model, groups, {"a"})
 
 
-NOT_HOMOGENEOUS = ["silu", "gelu", "hardtanh", "sigmoid", "add", "add_scalar", "depthwise", "product", "where"]
+NOT_HOMOGENEOUS = ["silu", "gelu", "hardtanh", "sigmoid", "add", "add_scalar", "depthwise", "product", "square"]
 
 
-@pytest.mark.parametrize("kind", [*NOT_HOMOGENEOUS, "side", "detached", "train_side", "filled"])
+@pytest.mark.parametrize("kind", [*NOT_HOMOGENEOUS, "where", "side", "detached", "train_side", "filled"])
 def test_no_affine_where_it_does_not(kind):
     groups = trace(Variant(kind), image())
     assert not groups["a"].affine

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
+from torch import nn
 
+from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.labels import FREE, NEVER, Labels, Reason, connected
+from taylor_cuda.graph.units import Units
 
 
 def by_scipy(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -29,7 +33,7 @@ def test_components_of_random_graphs(count, data):
 
 @pytest.mark.parametrize("shape", ["path", "reversed path", "star", "random"])
 def test_components_of_large_graphs(shape):
-    count = 20_000
+    count = 200_000
     generator = np.random.default_rng(0)
     order = generator.permutation(count) if shape == "random" else np.arange(count)
     a, b = order[:-1], order[1:]
@@ -61,6 +65,19 @@ def test_what_meets_no_label_is_frozen_by_the_first_event():
         2: "met None (block, net.py:3)",
         7: "met None (block, net.py:3)",
     }
+
+
+def test_units_with_other_widths_are_another_group():
+    holder = nn.Module()
+    holder.p, holder.q = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(7))
+    flow = Flow(holder)
+    flow.roles |= {("p", 0): "write", ("q", 0): "read"}
+    (p,), (q,) = flow.of(holder.p), flow.of(holder.q)
+    flow.labels.equal(p[[0, 1, 2, 3, 4, 1, 2]], q, Reason("joined"))
+    groups, left = Units(flow, flow.labels.solve()).groups()
+    found = {group.name: [member.index.tolist() for member in group.members] for group in groups}
+    assert found == {"p": [[[0], [3], [4]], [[0], [3], [4]]], "p#2": [[[1], [2]], [[1, 5], [2, 6]]]}
+    assert not left.any()
 
 
 def test_labels_of_other_lengths_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.groups import Groups
 from taylor_cuda.graph.rules import RULES, Op, tensors_in
 from taylor_cuda.graph.tracer import trace
+from tests.graph.base import Net, conv, image
 from tests.graph.checks import cut_error, no_zeros, random_plan
-from tests.graph.nets import C2f, Concat, ConvBN, Net, Residual, SqueezeExcite, Unknown, conv, image
+from tests.graph.nets import C2f, Concat, ConvBN, Residual, SqueezeExcite
+from tests.graph.odd_nets import Unknown
 
 Rule = Callable[[Flow, Op], None]
 
@@ -140,6 +143,43 @@ def test_zero_weights_hide_nothing(monkeypatch):
     monkeypatch.setitem(rules.RULES, "relu", changed_output("relu", lambda x: np.roll(x, 1)))
     with pytest.raises(InputError, match="cut and masked differ"):
         trace(model, image())
+
+
+class Awkward(Net):
+    """Numbers of channels that a comparison of readers in eval mode alone would miss."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(a=conv(3, 6), b=conv(6, 4), fc=nn.Linear(4, 5), out=nn.Linear(5, 2), aux=conv(6, 2))
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.a(x))
+        y = F.relu(self.fc(F.relu(self.b(x)).mean((2, 3))))
+        out = self.out(y)
+        if self.kind == "after the last reader":
+            return out / y.shape[1]
+        if self.kind == "comes to nothing":
+            y.split([y.shape[1] - 2, 2], 1)
+        if self.kind == "in train mode" and self.training:
+            return out, self.aux(x / x.shape[1])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "holds", "reason"),
+    [
+        ("nothing", {"a", "b", "fc"}, ""),
+        ("after the last reader", {"a", "b"}, "an output of the network"),
+        ("comes to nothing", {"a", "b"}, "split"),
+        ("in train mode", {"b", "fc"}, "the input of aux"),
+    ],
+)
+def test_every_place_is_compared(monkeypatch, kind, holds, reason):
+    # parts of other sizes are refused by their rule: here what is wanted is the proof
+    monkeypatch.setitem(rules.RULES, "split_with_sizes", lambda flow, op: None)
+    groups = trace(Awkward(kind), image())
+    assert set(groups.sizes()) == holds
+    assert not reason or any(reason in entry.reason for entry in groups.frozen if entry.name not in holds | {"out"})
 
 
 class Exponent(Net):

@@ -16,8 +16,8 @@ from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.recorder import Dispatched
 from taylor_cuda.graph.rules_shape import _blocks
 from taylor_cuda.graph.tracer import trace
+from tests.graph.base import Net, conv, image
 from tests.graph.checks import cut_error, random_plan
-from tests.graph.nets import Net, conv, image
 
 
 def after(x: Tensor, dim: int, function: Any) -> tuple[list[list[int] | None], list[int]]:
@@ -30,6 +30,7 @@ def after(x: Tensor, dim: int, function: Any) -> tuple[list[list[int] | None], l
         out = function(x)
     dims = [None if labels is None else labels.tolist() for labels in flow.of(out)]
     solved = flow.labels.solve()
+    assert not [reason for reason in solved.reasons if "failed" in reason.text]
     frozen = [node for node in range(x.shape[dim]) if solved.event[solved.root[node]] < len(solved.reasons)]
     return dims, frozen
 
@@ -150,6 +151,25 @@ def test_a_rule_that_fails_freezes_like_an_unknown_op(monkeypatch):
         trace(model, image())
 
 
+class Mixer(Net):
+    """A layer across tokens: its rows are channels, so its MACs would change without its weight."""
+
+    def __init__(self) -> None:
+        super().__init__(embed=nn.Linear(6, 8), up=nn.Linear(5, 7), down=nn.Linear(7, 5), head=nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.down(F.gelu(self.up(x.transpose(1, 2)))).transpose(1, 2)
+        return self.head(x.mean(1))
+
+
+def test_channels_that_are_rows_of_a_layer_stay():
+    groups = trace(Mixer(), x(2, 5, 6), prove=False)
+    assert groups.sizes() == {"up": 7}
+    reasons = {entry.name: entry.reason for entry in groups.frozen}
+    assert "the rows of a product" in reasons["embed"]
+
+
 class Chain(Net):
     """conv, something, conv."""
 
@@ -162,6 +182,16 @@ class Chain(Net):
         x = self.a(x)
         x = self.middle(x) if self.middle is not None else self.function(x)
         return self.fc(F.relu(self.b(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm([8, 8, 8]), nn.LayerNorm([8, 8], bias=False), nn.GroupNorm(4, 8, affine=False)]
+)
+def test_norms_that_masking_cannot_imitate_need_no_proof(norm):
+    wide = isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 2
+    groups = trace(Chain(norm), image(), prove=False)
+    # over space alone, channels are examples: nothing of the norm lies along them
+    assert ("a" in groups.sizes()) == wide
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from taylor_cuda.graph.slicing import (
     update_attributes,
 )
 from taylor_cuda.graph.tracer import trace
+from tests.graph.base import image
 from tests.graph.checks import cut_error, no_zeros, random_plan, run
-from tests.graph.nets import NETS, Concat, Depthwise, GroupNormed, LayerNormed, Transposed, image
+from tests.graph.nets import NETS, Concat, Depthwise, GroupNormed, LayerNormed, Transposed
 
 NAMES = ["residual", "concat", "depthwise", "grouped", "transposed", "group_norm", "layer_norm", "c2f", "flatten"]
 

@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.tracer import trace
+from tests.graph.base import Net, conv, image
 from tests.graph.checks import cut_error, places
-from tests.graph.nets import NETS, ConvBN, Net, Residual, SecondOutput, Shared, conv, image
+from tests.graph.nets import NETS, ConvBN, Residual
+from tests.graph.odd_nets import SecondOutput, Shared
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:
@@ -62,6 +64,27 @@ def test_the_model_is_left_as_it_was(training):
     assert np.array_equal(states[1], np.random.get_state()[1])
     assert states[2] == random.getstate()
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Drawing(ConvBN):
+    """Draws from every generator, and writes into its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += torch.rand(1) + float(np.random.rand()) + random.random()
+        return super().forward(x)
+
+
+def test_random_states_and_inputs_are_left_as_they_were():
+    x, model = image(), Drawing()
+    value = x.clone()
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), np.random.get_state()[2], random.getstate()
+    groups = trace(model, x, prove=False)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert np.array_equal(states[1], np.random.get_state()[1])
+    assert states[2] == np.random.get_state()[2]
+    assert states[3] == random.getstate()
+    assert torch.equal(x, value)
+    assert torch.equal(groups.example_inputs[0][0], value)
 
 
 @pytest.mark.parametrize("name", ["residual", "c2f", "layer_norm", "grouped", "functional"])

@@ -92,6 +92,7 @@ def test_a_file_is_whole_or_what_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fail_half_way()
     assert path.read_text(encoding="utf-8") == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
     with replacing(path) as temporary:
         temporary.write_text("new", encoding="utf-8")
     assert path.read_text(encoding="utf-8") == "new"
