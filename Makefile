@@ -26,9 +26,9 @@ bench: $(VENV)/built
 # On a machine with a GPU, whose own Python has a CUDA build of torch, Triton, ninja, pybind11 and pytest: nothing is downloaded.
 device:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make device needs a GPU that torch can use'"
-	TAYLOR_CUDA_BUILD=cuda $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(PYTHON) -m pytest tests/gpu tests/ops -q -x --timeout 240 -p no:cacheprovider
-	$(PYTHON) -m bench --device cuda --time-limit 240
+	PIP_BREAK_SYSTEM_PACKAGES=1 TAYLOR_CUDA_BUILD=cuda $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	status=0; $(PYTHON) -m pytest tests/gpu tests/ops -q --timeout 240 -p no:cacheprovider || status=$$?; \
+	$(PYTHON) -m bench --device cuda --time-limit 240 || status=$$?; exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info taylor_cuda/*.so

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from taylor_cuda.kernels._launch import Loop, Pair, Tiling, device_of
 from torch import Tensor
+
+from taylor_cuda.kernels._launch import Loop, Pair, Tiling, device_of
 
 PRODUCT, SQUARE, ABS = 0, 1, 2  # what is summed of a*g, and what is done with a sample's sum
 

@@ -15,9 +15,10 @@ Source       arXiv:1906.10771
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from taylor_cuda.kernels import _sums
 from taylor_cuda.kernels._launch import make_pair, make_tiling, result_dtype
-from torch import Tensor
 
 
 def channel_sums(activation: Tensor, gradient: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 #include "cpu/product_sums.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <deque>
+#include <string>
 
 #include "cpu/kernel_table.h"
 
@@ -15,15 +17,25 @@ constexpr int64_t kInlineSize = 1 << 14;       // elements below which waking a 
 constexpr int64_t kInlineAdditions = 1 << 18;  // the same for sums that are in the cache
 constexpr int64_t kLeastRows = 64;  // rows of a piece of columns: clearing and folding its sums is work of one row
 
-Kernel kernel_for(const Job& job) {
+using KernelOf = Kernel (*)(ScalarType type_a, ScalarType type_g, Term term);
+
+// The widest kernels this CPU runs, or narrower ones where ATEN_CPU_CAPABILITY asks for them, as PyTorch's own do.
+KernelOf best_kernels() {
 #if TAYLOR_X86
-  static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512) return avx512::kernel_of(job.type_a, job.type_g, job.term);
-  if (has_avx2) return avx2::kernel_of(job.type_a, job.type_g, job.term);
+  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string most = asked == nullptr ? "avx512" : asked;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && most != "avx2" && most != "default") return avx512::kernel_of;
+  if (has_avx2 && most != "default") return avx2::kernel_of;
 #endif
-  return baseline::kernel_of(job.type_a, job.type_g, job.term);
+  return baseline::kernel_of;
+}
+
+Kernel kernel_for(const Job& job) {
+  static const KernelOf kernel_of = best_kernels();
+  return kernel_of(job.type_a, job.type_g, job.term);
 }
 
 bool strides_are(const Loop& loop, int64_t stride_a, int64_t stride_g) {

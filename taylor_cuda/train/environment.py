@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 from datetime import datetime, timezone
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
-import taylor_cuda
 from taylor_cuda.errors import InputError
 from taylor_cuda.train.messages import first_line
 
@@ -32,7 +32,7 @@ def find_device(name: str) -> torch.device:
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor and time, for reports: plain values."""
     return {
-        "taylor_cuda": taylor_cuda.__version__,
+        "taylor_cuda": version("taylor-cuda"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),

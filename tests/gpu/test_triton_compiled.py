@@ -66,6 +66,7 @@ SUMS: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype, str]
 @pytest.mark.parametrize("name", SUMS)
 def test_partial_sums(name: str, tmp_path: Path) -> None:
     import triton.language as tl
+
     from taylor_cuda.kernels import _launch, _sums
 
     shape, strides, dtype, load = SUMS[name]
@@ -91,6 +92,7 @@ def test_partial_sums(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("post", "splits"), [(0, 1), (1, 4), (2, 32)])
 def test_the_finish_over_samples(post: int, splits: int, tmp_path: Path) -> None:
     import triton.language as tl
+
     from taylor_cuda.kernels import _sums
 
     constants = {"MAP": post, "SQUARE_TOTAL": post == 0, "ADD": False, "ACC": tl.float32}
@@ -103,6 +105,7 @@ def test_the_finish_over_samples(post: int, splits: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("add", [False, True])
 def test_the_finish_of_samples(add: bool, tmp_path: Path) -> None:
     import triton.language as tl
+
     from taylor_cuda.kernels import _sums
 
     constants = {"ADD": add, "ACC": tl.float32, "BLOCK": 256}

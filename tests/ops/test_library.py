@@ -18,7 +18,11 @@ PAIR = (torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5))
 LISTS = ([torch.randn(3, 4, 2, 2), torch.randn(5)], [torch.randn(3, 4, 2, 2), torch.randn(5)], [1, 0])
 SAMPLES: dict[str, list[tuple[object, ...]]] = {
     "channel_importance": [(*PAIR, reduction) for reduction in reference.CHANNEL_REDUCTIONS],
-    "channel_sums": [PAIR, tuple(tensor.to(memory_format=torch.channels_last) for tensor in PAIR)],
+    "channel_sums": [
+        PAIR,
+        tuple(tensor.to(memory_format=torch.channels_last) for tensor in PAIR),
+        tuple(tensor.bfloat16() for tensor in PAIR),
+    ],
     "accumulate_channel_sums": [(*PAIR, torch.zeros(4)), (*PAIR, torch.zeros(3, 4))],
     "weight_importance": [(*LISTS, reduction) for reduction in reference.WEIGHT_REDUCTIONS],
 }
@@ -75,7 +79,9 @@ def test_fakes_have_the_right_shapes_and_dtypes() -> None:
     with torch._subclasses.FakeTensorMode() as mode:
         activation = mode.from_tensor(torch.empty(3, 4, 5, dtype=torch.bfloat16))
         assert tc.channel_importance(activation, activation).dtype == torch.float32
-        assert tc.channel_sums(activation, activation).shape == (3, 4)
+        sums = tc.channel_sums(activation, activation)
+        assert sums.shape == (3, 4)
+        assert sums.dtype == torch.float32
         wide = mode.from_tensor(torch.empty(7, 6, dtype=torch.float64))
         (result,) = tc.weight_importance([wide], [wide], [-1])
         assert result.shape == (6,)

@@ -71,6 +71,23 @@ def test_writing_over_the_input_raises() -> None:
         y.sum().backward()
 
 
+def test_writing_over_the_result_raises() -> None:
+    """An in-place ReLU behind the gate would change what the gate has to multiply with."""
+    x = torch.randn(2, 3, 4, requires_grad=True) * 1
+    with pytest.raises(RuntimeError, match=r"modified inplace|modified by an inplace"):
+        torch.relu_(tc.score_gate(x, torch.zeros(3))).sum().backward()
+
+
+def test_a_second_backward_pass_adds_its_own_products() -> None:
+    """E = Σ y³: the first pass brings 3y² to the gate, and that of Σ dE/dx another 6y."""
+    x, sums = torch.tensor([[2.0, 3.0]], dtype=torch.float64, requires_grad=True), torch.zeros(2, dtype=torch.float64)
+    (first,) = torch.autograd.grad(tc.score_gate(x, sums).pow(3).sum(), x, create_graph=True)
+    assert sums.tolist() == [24.0, 81.0]
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert second.tolist() == [[12.0, 18.0]]
+    assert sums.tolist() == [24.0 + 24.0, 81.0 + 54.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_activations_leave_float32_sums(dtype: torch.dtype) -> None:
     x = torch.randn(4, 6, 9, dtype=dtype, requires_grad=True)

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -36,8 +37,13 @@ struct alignas(16) uint4 {
 
 inline cudaError_t cudaGetLastError() { return 0; }
 
+// A load from an address that is no multiple of its size: a GPU faults, so the process ends.
 template <typename T>
 inline T __ldg(const T* source) {
+  if (reinterpret_cast<uintptr_t>(source) % sizeof(T) != 0) {
+    std::fprintf(stderr, "a load of %zu bytes off its border\n", sizeof(T));
+    std::abort();
+  }
   return *source;
 }
 
