@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace taylor {
@@ -46,9 +47,11 @@ inline ScalarType result_type(ScalarType type) {
 }
 
 inline void check_same_shape(const Tensor& a, const Tensor& g, const char* op) {
-  STD_TORCH_CHECK(a.dim() == g.dim(), op, ": the two tensors have ", a.dim(), " and ", g.dim(), " dimensions");
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    STD_TORCH_CHECK(a.size(d) == g.size(d), op, ": the two tensors differ in dimension ", d);
+  const auto sizes_a = a.sizes(), sizes_g = g.sizes();
+  STD_TORCH_CHECK(sizes_a.size() == sizes_g.size(), op, ": the two tensors have ", sizes_a.size(), " and ",
+                  sizes_g.size(), " dimensions");
+  for (size_t d = 0; d < sizes_a.size(); ++d) {
+    STD_TORCH_CHECK(sizes_a[d] == sizes_g[d], op, ": the two tensors differ in dimension ", d);
   }
   STD_TORCH_CHECK(a.is_cuda() == g.is_cuda() && a.get_device_index() == g.get_device_index(), op,
                   ": the two tensors are on different devices");
@@ -98,8 +101,12 @@ struct Walk {
   std::vector<Loop> rest;
 };
 
-inline Loop loop_of(const Tensor& a, const Tensor& g, int64_t dim) {
-  return {a.size(dim), a.stride(dim), g.stride(dim)};
+// A loop over each dimension. Every question to a tensor is a call into libtorch, so it is asked once for all of them.
+inline std::vector<Loop> loops_of(const Tensor& a, const Tensor& g) {
+  const auto sizes = a.sizes(), strides_a = a.strides(), strides_g = g.strides();
+  std::vector<Loop> loops(sizes.size());
+  for (size_t d = 0; d < loops.size(); ++d) loops[d] = {sizes[d], strides_a[d], strides_g[d]};
+  return loops;
 }
 
 // Sort outermost first and merge neighbours that form one loop. Loops of size 1 vanish.
@@ -121,20 +128,16 @@ inline std::vector<Loop> merged(std::vector<Loop> loops) {
 
 // [N, C, ...]: samples apart from the rest.
 inline Walk walk_activation(const Tensor& activation, const Tensor& gradient) {
-  Walk walk{loop_of(activation, gradient, 0), loop_of(activation, gradient, 1), {}};
-  for (int64_t d = 2; d < activation.dim(); ++d) walk.rest.push_back(loop_of(activation, gradient, d));
-  walk.rest = merged(walk.rest);
-  return walk;
+  const std::vector<Loop> loops = loops_of(activation, gradient);
+  return {loops[0], loops[1], merged({loops.begin() + 2, loops.end()})};
 }
 
 // A weight and the dimension to keep.
 inline Walk walk_weight(const Tensor& weight, const Tensor& gradient, int64_t dim) {
-  Walk walk{Loop{}, loop_of(weight, gradient, dim), {}};
-  for (int64_t d = 0; d < weight.dim(); ++d) {
-    if (d != dim) walk.rest.push_back(loop_of(weight, gradient, d));
-  }
-  walk.rest = merged(walk.rest);
-  return walk;
+  std::vector<Loop> loops = loops_of(weight, gradient);
+  const Loop kept = loops[dim];
+  loops.erase(loops.begin() + dim);
+  return {Loop{}, kept, merged(std::move(loops))};
 }
 
 }  // namespace taylor

@@ -34,9 +34,11 @@ Tensor channel_importance_cpu(const Tensor& activation, const Tensor& gradient, 
   } else {
     result.assign(t, t + channels);
   }
-  const double divisor =
-      reduction == Reduction::kAbs ? static_cast<double>(std::max<int64_t>(samples * length, 1)) : 1.0;
-  return to_tensor(activation, {channels}, result_type(activation.scalar_type()), result.data(), divisor);
+  if (reduction == Reduction::kAbs) {
+    const auto count = static_cast<double>(std::max<int64_t>(samples * length, 1));
+    for (double& value : result) value /= count;
+  }
+  return to_tensor({channels}, result_type(activation.scalar_type()), result.data());
 }
 
 }  // namespace

@@ -9,8 +9,7 @@ namespace {
 Tensor channel_sums_cpu(const Tensor& activation, const Tensor& gradient) {
   check_activation_pair(activation, gradient, "channel_sums");
   const Sums sums = product_sums({channel_job(activation, gradient, Term::kProduct, true)});
-  return to_tensor(activation, {activation.size(0), activation.size(1)}, result_type(activation.scalar_type()),
-                   sums.at(0), 1.0);
+  return to_tensor({activation.size(0), activation.size(1)}, result_type(activation.scalar_type()), sums.at(0));
 }
 
 }  // namespace

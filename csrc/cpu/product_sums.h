@@ -44,8 +44,7 @@ Sums product_sums(const std::vector<Job>& jobs);
 // The job of a channel op; samples are kept apart if per_sample.
 Job channel_job(const Tensor& activation, const Tensor& gradient, Term term, bool per_sample);
 
-// A contiguous result of `type` from fp64 values, each divided by `divisor`.
-Tensor to_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type, const double* values,
-                 double divisor);
+// A contiguous result on the CPU, float64 or float32, from fp64 values.
+Tensor to_tensor(const std::vector<int64_t>& shape, ScalarType type, const double* values);
 
 }  // namespace taylor

@@ -24,8 +24,7 @@ std::vector<Tensor> weight_importance_cpu(std::vector<Tensor> weights, std::vect
   std::vector<Tensor> results;
   results.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    results.push_back(
-        to_tensor(weights[i], {jobs[i].walk.channel.size}, result_type(weights[i].scalar_type()), sums.at(i), 1.0));
+    results.push_back(to_tensor({jobs[i].walk.channel.size}, result_type(weights[i].scalar_type()), sums.at(i)));
   }
   return results;
 }

@@ -200,8 +200,8 @@ Tensor new_scores(const Tensor& weight, int64_t size) {
   const ScalarType type = result_type(weight.scalar_type());
   const int32_t code = type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   AtenTensorHandle handle = nullptr;  // the C call: one of these for each tensor, so the dispatcher's price would show
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, code, aoti_torch_device_type_cuda(),
-                                                         weight.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, code, aoti_torch_device_type_cuda(),
+                                                  weight.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -26,7 +26,7 @@ from tests.ops.checks import BACKENDS, ops_of
 
 pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="the C++ parts were not built")
 
-# Input sides whose rows are long (added four at a time, some left over), wider than a piece, or joined to longer ones.
+# Input sides whose rows are long (added six at a time, some left over), wider than a piece, or joined to longer ones.
 SHAPES = [(9, 1200), (64, 1024), (131, 2051), (7, 150, 3, 3), (6, 700, 3, 3), (5, 9300), (700, 3), (333, 8), (90, 5, 2)]
 
 
