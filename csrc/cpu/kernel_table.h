@@ -14,12 +14,11 @@
 
 namespace taylor {
 
-constexpr int kMaxLoops = 64;        // torch allows no more dimensions
-constexpr int64_t kMaxWidth = 4608;  // columns of one piece: a 3x3 convolution with 512 inputs reads its rows whole
-constexpr int64_t kGoodWidth =
-    512;                           // short rows are joined up to here: their fp64 sums leave the first-level cache free
-constexpr int kRowsAtOnce = 6;     // long rows are added six at a time, for their sums no longer fit there
-constexpr size_t kLongRow = 4096;  // bytes of such a row: a page each, or the hardware's prefetch loses track
+constexpr int kMaxLoops = 64;            // torch allows no more dimensions
+constexpr int64_t kMaxWidth = 4608;      // columns of one piece: a 3x3 convolution with 512 inputs reads its rows whole
+constexpr int64_t kGoodWidth = 512;      // short rows are joined up to here: their fp64 sums leave the L1 cache free
+constexpr int kRowsAtOnce = 6;           // long rows are added six at a time, for their sums no longer fit there
+constexpr size_t kLongRow = 4096;        // bytes of such a row: a page each, or the hardware's prefetch loses track
 constexpr int64_t kStridedBlock = 16;    // channels whose fp32 values share a cache line when the channel stride is 1
 constexpr int64_t kPieceSize = 1 << 16;  // elements of one piece: half a MiB of two fp32 tensors
 
