@@ -104,6 +104,14 @@ def test_resume_equals_an_uninterrupted_run(criterion: str) -> None:
         assert torch.equal(p, q), name
 
 
+def test_each_prune_step_ends_a_window() -> None:
+    model, optimizer, pruner = start()
+    train(model, optimizer, pruner, batches(3))
+    assert (pruner.prunes, pruner.importance.steps) == (1, 0)
+    train(model, optimizer, pruner, batches(2))
+    assert (pruner.prunes, pruner.importance.steps) == (1, 2)
+
+
 def test_backward_and_update_agree() -> None:
     model, optimizer, pruner = start()
     other, other_optimizer, other_pruner = start()
