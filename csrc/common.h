@@ -76,14 +76,16 @@ inline void check_sums(const Tensor& activation, const Tensor& sums) {
 }
 
 // The contract of one (weight, gradient, dim) of weight_importance: the types agree, or a float32 weight has a 16-bit
-// gradient.
-inline void check_weight_pair(const Tensor& weight, const Tensor& gradient, int64_t dim) {
+// gradient. Returns the dimension, counted from the front.
+inline int64_t check_weight_pair(const Tensor& weight, const Tensor& gradient, int64_t dim) {
   check_same_shape(weight, gradient, "weight_importance");
-  STD_TORCH_CHECK(dim >= 0 && dim < weight.dim(), "weight_importance: no dimension ", dim);
+  const int64_t dims = weight.dim();
+  STD_TORCH_CHECK(dim >= -dims && dim < dims, "weight_importance: no dimension ", dim);
   const ScalarType w = weight.scalar_type(), g = gradient.scalar_type();
   const bool half_gradient = w == ScalarType::Float && (g == ScalarType::Half || g == ScalarType::BFloat16);
   STD_TORCH_CHECK(is_supported(w) && (w == g || half_gradient),
                   "weight_importance: wanted a gradient of the weight's type, or of 16 bits for a float32 weight");
+  return dim < 0 ? dim + dims : dim;
 }
 
 // One loop of a walk over two tensors of the same shape.
@@ -109,21 +111,34 @@ inline std::vector<Loop> loops_of(const Tensor& a, const Tensor& g) {
   return loops;
 }
 
-// Sort outermost first and merge neighbours that form one loop. Loops of size 1 vanish.
+// Sort outermost first and merge neighbours that form one loop. Loops of size 1 vanish. All in place: a network has
+// many small tensors, for which one allocation more takes as long as their sums.
 inline std::vector<Loop> merged(std::vector<Loop> loops) {
-  loops.erase(std::remove_if(loops.begin(), loops.end(), [](const Loop& loop) { return loop.size == 1; }), loops.end());
-  std::stable_sort(loops.begin(), loops.end(),
-                   [](const Loop& x, const Loop& y) { return x.stride_a + x.stride_g > y.stride_a + y.stride_g; });
-  std::vector<Loop> result;
-  for (const Loop& inner : loops) {
-    if (!result.empty() && result.back().stride_a == inner.stride_a * inner.size &&
-        result.back().stride_g == inner.stride_g * inner.size) {
-      result.back() = {result.back().size * inner.size, inner.stride_a, inner.stride_g};
+  size_t kept = 0;
+  for (size_t i = 0; i < loops.size(); ++i) {
+    const Loop loop = loops[i];
+    if (loop.size == 1) continue;
+    size_t place = kept++;
+    for (; place > 0; --place) {
+      const Loop& before = loops[place - 1];
+      if (before.stride_a + before.stride_g >= loop.stride_a + loop.stride_g) break;
+      loops[place] = before;
+    }
+    loops[place] = loop;
+  }
+  loops.resize(kept);
+  size_t last = 0;
+  for (size_t i = 1; i < kept; ++i) {
+    const Loop inner = loops[i];
+    Loop& outer = loops[last];
+    if (outer.stride_a == inner.stride_a * inner.size && outer.stride_g == inner.stride_g * inner.size) {
+      outer = {outer.size * inner.size, inner.stride_a, inner.stride_g};
     } else {
-      result.push_back(inner);
+      loops[++last] = inner;
     }
   }
-  return result;
+  loops.resize(std::min(kept, last + 1));
+  return loops;
 }
 
 // [N, C, ...]: samples apart from the rest.

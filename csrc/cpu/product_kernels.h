@@ -144,23 +144,32 @@ TAYLOR_INLINE void advance(Cursor& cursor) {
   }
 }
 
-template <Term term, int stride_a, int stride_g, typename TA, typename TG>
-TAYLOR_INLINE double row_sum(const TA* a, const TG* g, int64_t size) {
+// The sum of one channel while its rows are read; short rows would pay dearly for adding up the lanes of each.
+struct RowSum {
   Double8 s0{}, s1{}, s2{}, s3{};
+  double tail = 0;
+};
+
+TAYLOR_INLINE double total(const RowSum& sum) {
+  const Double8 s = (sum.s0 + sum.s1) + (sum.s2 + sum.s3);
+  return (((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]))) + sum.tail;
+}
+
+template <Term term, int stride_a, int stride_g, typename TA, typename TG>
+TAYLOR_INLINE void add_row(const TA* a, const TG* g, int64_t size, RowSum& sum) {
   int64_t i = 0;
   for (; i + 32 <= size; i += 32) {
     const TA* pa = a + i * stride_a;
     const TG* pg = g + i * stride_g;
-    s0 += apply<term>(products<stride_a, stride_g>(pa, pg));
-    s1 += apply<term>(products<stride_a, stride_g>(pa + 8 * stride_a, pg + 8 * stride_g));
-    s2 += apply<term>(products<stride_a, stride_g>(pa + 16 * stride_a, pg + 16 * stride_g));
-    s3 += apply<term>(products<stride_a, stride_g>(pa + 24 * stride_a, pg + 24 * stride_g));
+    sum.s0 += apply<term>(products<stride_a, stride_g>(pa, pg));
+    sum.s1 += apply<term>(products<stride_a, stride_g>(pa + 8 * stride_a, pg + 8 * stride_g));
+    sum.s2 += apply<term>(products<stride_a, stride_g>(pa + 16 * stride_a, pg + 16 * stride_g));
+    sum.s3 += apply<term>(products<stride_a, stride_g>(pa + 24 * stride_a, pg + 24 * stride_g));
   }
-  for (; i + 8 <= size; i += 8) s0 += apply<term>(products<stride_a, stride_g>(a + i * stride_a, g + i * stride_g));
-  double tail = 0;
-  for (; i < size; ++i) tail += apply<term>(product(a[i * stride_a], g[i * stride_g]));
-  const Double8 s = (s0 + s1) + (s2 + s3);
-  return (((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]))) + tail;
+  for (; i + 8 <= size; i += 8) {
+    sum.s0 += apply<term>(products<stride_a, stride_g>(a + i * stride_a, g + i * stride_g));
+  }
+  for (; i < size; ++i) sum.tail += apply<term>(product(a[i * stride_a], g[i * stride_g]));
 }
 
 // out[i] = Σ f(a·g) over the loops of the i-th channel; the innermost loop is contiguous in each tensor, or repeats.
@@ -170,12 +179,12 @@ TAYLOR_TARGET void rows(const TA* a, const TG* g, const Piece& piece, double* ou
   Cursor cursor;
   for (int64_t c = 0; c < piece.channels; ++c) {
     start(cursor, piece.loops, piece.loop_count - 1);
-    double sum = 0;
+    RowSum sum;
     for (int64_t r = 0; r < piece.outer; ++r) {
-      sum += row_sum<term, stride_a, stride_g>(a + cursor.a, g + cursor.g, inner.size);
+      add_row<term, stride_a, stride_g>(a + cursor.a, g + cursor.g, inner.size, sum);
       if (piece.outer > 1) advance(cursor);
     }
-    out[c] = sum;
+    out[c] = total(sum);
     a += piece.channel.stride_a;
     g += piece.channel.stride_g;
   }
@@ -191,14 +200,21 @@ TAYLOR_INLINE void add_to_columns(const TA* a, const TG* g, int64_t width, doubl
   for (; i < width; ++i) sums[i] += apply<term>(product(a[i], g[i]));
 }
 
-// The same for rows that lie end to end: fewer visits of sums that fill the cache.
+// The same for rows that lie end to end: fewer visits of sums that fill the cache. A cache line of each row is used up
+// at once, for rows of whole pages would push each other's lines out.
 template <Term term, typename TA, typename TG>
 TAYLOR_INLINE void add_rows_to_columns(const TA* a, const TG* g, int64_t width, double* sums) {
   int64_t i = 0;
-  for (; i + 8 <= width; i += 8) {
-    Double8 s = load<Double8>(sums + i);
-    for (int r = 0; r < kRowsAtOnce; ++r) s += apply<term>(products<1, 1>(a + r * width + i, g + r * width + i));
-    std::memcpy(sums + i, &s, sizeof(s));
+  for (; i + 16 <= width; i += 16) {
+    Double8 s0 = load<Double8>(sums + i), s1 = load<Double8>(sums + i + 8);
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const TA* pa = a + r * width + i;
+      const TG* pg = g + r * width + i;
+      s0 += apply<term>(products<1, 1>(pa, pg));
+      s1 += apply<term>(products<1, 1>(pa + 8, pg + 8));
+    }
+    std::memcpy(sums + i, &s0, sizeof(s0));
+    std::memcpy(sums + i + 8, &s1, sizeof(s1));
   }
   for (; i < width; ++i) {
     for (int r = 0; r < kRowsAtOnce; ++r) sums[i] += apply<term>(product(a[r * width + i], g[r * width + i]));

@@ -104,6 +104,7 @@ struct Task {
   const void* g;
   Piece piece;
   double* out;
+  int64_t size;  // elements
 };
 
 // rows[k][c] for k in [0, count) add up to results[c].
@@ -155,7 +156,7 @@ class Plan {
   void run();
 
  private:
-  void add_chunk(const Job& job, const Layout& layout, const Cut& cut, int64_t chunk, double* partial);
+  void add_chunk(const Job& job, Layout& layout, const Cut& cut, int64_t chunk, double* partial);
 
   std::deque<std::vector<Loop>> loops_;  // a deque, for tasks point into it
   std::vector<std::unique_ptr<double[]>> partials_;
@@ -165,7 +166,7 @@ class Plan {
 };
 
 void Plan::add(const Job& job, double* results) {
-  const Layout layout = layout_of(job);
+  Layout layout = layout_of(job);
   const int64_t all = positions(layout.rest);
   elements_ += layout.sample.size * layout.channel.size * layout.fold * all;
   if (layout.channel.size == 0) return;
@@ -188,8 +189,8 @@ void Plan::add(const Job& job, double* results) {
   for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) add_chunk(job, layout, cut, chunk, partial);
 }
 
-void Plan::add_chunk(const Job& job, const Layout& layout, const Cut& cut, int64_t chunk, double* partial) {
-  loops_.push_back(layout.rest);
+void Plan::add_chunk(const Job& job, Layout& layout, const Cut& cut, int64_t chunk, double* partial) {
+  loops_.push_back(chunk + 1 < cut.chunks ? layout.rest : std::move(layout.rest));
   std::vector<Loop>& loops = loops_.back();
   int64_t offset_a = 0, offset_g = 0;
   if (cut.longest >= 0) {
@@ -207,7 +208,8 @@ void Plan::add_chunk(const Job& job, const Layout& layout, const Cut& cut, int64
     loops.pop_back();
   }
   const int64_t repeats = run / row;
-  const int64_t outer = positions(loops) / (columns || loops.empty() ? 1 : loops.back().size);
+  const int64_t inner = columns || loops.empty() ? 1 : loops.back().size;
+  const int64_t outer = positions(loops) / inner;
   for (int64_t n = 0; n < layout.sample.size; ++n) {
     double* out = partial + (n * cut.chunks + chunk) * layout.channel.size;
     for (int64_t c = 0; c < layout.channel.size; c += cut.channels) {
@@ -223,7 +225,8 @@ void Plan::add_chunk(const Job& job, const Layout& layout, const Cut& cut, int64
       piece.loops = loops.data();
       piece.loop_count = static_cast<int>(loops.size());
       piece.outer = outer;
-      tasks_.push_back({kernel_for(job), job.a, job.g, piece, out + c});
+      const int64_t size = outer * (columns ? piece.run : piece.channels * inner);
+      tasks_.push_back({kernel_for(job), job.a, job.g, piece, out + c, size});
     }
   }
 }
@@ -244,7 +247,12 @@ void for_each_index(int64_t count, bool threaded, const F& body) {
 }
 
 void Plan::run() {
-  for_each_index(static_cast<int64_t>(tasks_.size()), elements_ > kInlineSize, [this](int64_t i) {
+  const bool threaded = elements_ > kInlineSize;
+  // The largest first, so that no thread begins one when the others are about to be done.
+  if (threaded) {
+    std::stable_sort(tasks_.begin(), tasks_.end(), [](const Task& x, const Task& y) { return x.size > y.size; });
+  }
+  for_each_index(static_cast<int64_t>(tasks_.size()), threaded, [this](int64_t i) {
     const Task& task = tasks_[i];
     task.kernel(task.a, task.g, task.piece, task.out);
   });
@@ -289,13 +297,13 @@ Job channel_job(const Tensor& activation, const Tensor& gradient, Term term, boo
           per_sample};
 }
 
-Tensor to_tensor(const std::vector<int64_t>& shape, ScalarType type, const double* values) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t d = shape.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * shape[d - 1];
+Tensor to_tensor(std::initializer_list<int64_t> shape, ScalarType type, const double* values) {
+  const auto* sizes = shape.begin();  // [C] or [N, C]
+  const int64_t strides[2] = {shape.size() == 2 ? sizes[1] : 1, 1};
   const bool wide = type == ScalarType::Double;
   // Straight from the shim: the dispatcher takes longer to make the result of a small layer than the sums take.
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), sizes, strides,
                                                   wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor result(handle);

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -45,6 +46,6 @@ Sums product_sums(const std::vector<Job>& jobs);
 Job channel_job(const Tensor& activation, const Tensor& gradient, Term term, bool per_sample);
 
 // A contiguous result on the CPU, float64 or float32, from fp64 values.
-Tensor to_tensor(const std::vector<int64_t>& shape, ScalarType type, const double* values);
+Tensor to_tensor(std::initializer_list<int64_t> shape, ScalarType type, const double* values);
 
 }  // namespace taylor

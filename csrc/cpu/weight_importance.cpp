@@ -16,15 +16,15 @@ std::vector<Tensor> weight_importance_cpu(std::vector<Tensor> weights, std::vect
   jobs.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor &weight = weights[i], &gradient = gradients[i];
-    check_weight_pair(weight, gradient, dims[i]);
+    const int64_t dim = check_weight_pair(weight, gradient, dims[i]);
     jobs.push_back({weight.const_data_ptr(), gradient.const_data_ptr(), weight.scalar_type(), gradient.scalar_type(),
-                    walk_weight(weight, gradient, dims[i]), term, false});
+                    walk_weight(weight, gradient, dim), term, false});
   }
   const Sums sums = product_sums(jobs);
   std::vector<Tensor> results;
   results.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    results.push_back(to_tensor({jobs[i].walk.channel.size}, result_type(weights[i].scalar_type()), sums.at(i)));
+    results.push_back(to_tensor({jobs[i].walk.channel.size}, result_type(jobs[i].type_a), sums.at(i)));
   }
   return results;
 }

@@ -231,16 +231,16 @@ std::vector<Tensor> weight_importance_cuda(std::vector<Tensor> weights, std::vec
   const torch::stable::accelerator::DeviceGuard guard(device);
   std::map<std::pair<ScalarType, ScalarType>, Batch> batches;
   for (size_t i = 0; i < weights.size(); ++i) {
-    check_weight_pair(weights[i], gradients[i], dims[i]);
+    const int64_t dim = check_weight_pair(weights[i], gradients[i], dims[i]);
     STD_TORCH_CHECK(weights[i].is_cuda() && weights[i].get_device_index() == device,
                     "weight_importance: all tensors must be on one device");
-    scores.push_back(new_scores(weights[i], weights[i].size(dims[i])));
-    if (weights[i].size(dims[i]) == 0) continue;
-    Walk walk = walk_weight(weights[i], gradients[i], dims[i]);
+    scores.push_back(new_scores(weights[i], weights[i].size(dim)));
+    if (weights[i].size(dim) == 0) continue;
+    Walk walk = walk_weight(weights[i], gradients[i], dim);
     if (walk.rest.size() > kWeightLoops) {  // too many dimensions that don't merge for a table: copied
       weights[i] = torch::stable::contiguous(weights[i]);
       gradients[i] = torch::stable::contiguous(gradients[i]);
-      walk = walk_weight(weights[i], gradients[i], dims[i]);
+      walk = walk_weight(weights[i], gradients[i], dim);
     }
     append(batches[{weights[i].scalar_type(), gradients[i].scalar_type()}], walk, weights[i], gradients[i], scores[i]);
   }

@@ -11,14 +11,15 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from taylor_cuda.errors import InputError
-from taylor_cuda.ops import reference
+from taylor_cuda.ops import checks, reference
 
 Implementation = Callable[..., Any]
 
@@ -34,7 +35,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 PREFERENCE_OF_OP: dict[tuple[str, str], tuple[str, ...]] = {}
 
 _LIBRARIES = {"cpu": ("_C.so",), "cuda": ("_C.so", "_C_cuda.so")}
-_asked: str | None = None
+_asked: str | None = os.environ.get("TAYLOR_CUDA_BACKEND") or None
 
 
 def _order(op: str, device: str) -> tuple[str, ...]:
@@ -63,6 +64,17 @@ def _find_native(op: str, device: str) -> Implementation | None:
     return found
 
 
+def _with_pairs_checked(weight_importance: Implementation) -> Implementation:
+    """The definition takes anything that multiplies; the native code looks at every pair, and so must this backend."""
+
+    @functools.wraps(weight_importance)
+    def run(weights: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int], *reduction: str) -> Any:
+        checks.check_weight_pairs(weights, gradients, dims)
+        return weight_importance(weights, gradients, dims, *reduction)
+
+    return run
+
+
 def _find_triton(op: str, device: str) -> Implementation | None:
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
@@ -87,7 +99,7 @@ def find(op: str, backend: str, device: str) -> Implementation | None:
         return _find_triton(op, device)
     if backend == "reference":
         found: Implementation = getattr(reference, op)
-        return found
+        return _with_pairs_checked(found) if op == "weight_importance" else found
     raise InputError(f"backend: wanted one of {', '.join(NAMES)}, got {backend!r}")
 
 
@@ -97,8 +109,8 @@ def available(op: str, device: str) -> tuple[str, ...]:
 
 
 def asked() -> str | None:
-    """The backend that ``use`` or the environment variable TAYLOR_CUDA_BACKEND asks for, if any."""
-    return _asked or os.environ.get("TAYLOR_CUDA_BACKEND") or None
+    """The backend that ``use`` asks for, or the environment variable TAYLOR_CUDA_BACKEND did at the import, if any."""
+    return _asked
 
 
 def select(op: str, device: str) -> Implementation:
@@ -107,8 +119,7 @@ def select(op: str, device: str) -> Implementation:
     Raises:
         InputError: the backend that was asked for does not have this op on this device.
     """
-    wanted = asked()
-    return _select(op, device, wanted)
+    return _select(op, device, _asked)
 
 
 @functools.cache

@@ -72,8 +72,8 @@ def check_reduction(reduction: str, choices: Sequence[str]) -> None:
         raise InputError(f"reduction: wanted one of {', '.join(map(repr, choices))}, got {reduction!r}")
 
 
-def check_weight_lists(weights: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int]) -> list[int]:
-    """Raise unless the three lists fit together; the dims, counted from the front."""
+def check_weight_lists(weights: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int]) -> None:
+    """Raise unless the arguments are three lists of one length."""
     for name, value in (("weights", weights), ("gradients", gradients), ("dims", dims)):
         if not isinstance(value, Sequence):
             raise InputError(f"{name}: wanted a list, got {type(value).__name__}")
@@ -82,29 +82,15 @@ def check_weight_lists(weights: Sequence[Tensor], gradients: Sequence[Tensor], d
             "weights, gradients, dims: wanted lists of one length, "
             f"got {len(weights)}, {len(gradients)} and {len(dims)} entries"
         )
-    positive = []
+
+
+def check_weight_pairs(weights: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int]) -> None:
+    """Raise unless every entry of the three lists fits: shapes, devices, dtypes, and a dimension that exists."""
     for i, (weight, gradient, dim) in enumerate(zip(weights, gradients, dims, strict=True)):
-        if not _is_plain_pair(weight, gradient, dim, weights[0]):
-            check_weight_pair(weight, gradient, dim, weights[0], i)
-        positive.append(dim % weight.dim())
-    return positive
+        _check_weight_pair(weight, gradient, dim, weights[0], i)
 
 
-def _is_plain_pair(weight: Tensor, gradient: Tensor, dim: int, first: Tensor) -> bool:
-    """Whether the pair is the usual one, which spares a network of many layers the text of messages never raised."""
-    return (
-        isinstance(weight, Tensor)
-        and isinstance(gradient, Tensor)
-        and weight.dtype == gradient.dtype == torch.float32
-        and weight.shape == gradient.shape
-        and weight.device == gradient.device == first.device
-        and weight.layout == gradient.layout == torch.strided
-        and 0 <= dim < weight.dim()
-    )
-
-
-def check_weight_pair(weight: Tensor, gradient: Tensor, dim: int, first: Tensor, i: int) -> None:
-    """Raise unless entry ``i`` of the lists fits: shapes, devices, dtypes, and a dimension that exists."""
+def _check_weight_pair(weight: Tensor, gradient: Tensor, dim: int, first: Tensor, i: int) -> None:
     check_tensor(weight, f"weights[{i}]")
     check_tensor(gradient, f"gradients[{i}]")
     check_same_place(weight, gradient, f"weights[{i}]", f"gradients[{i}]")

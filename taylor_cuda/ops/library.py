@@ -1,6 +1,7 @@
 """Everything that is said to torch.library: schemas, fakes, and how each op meets autograd.
 
-The ops exist as ``torch.ops.taylor_cuda.*`` whatever was built; which code runs is for ``backends`` to say.
+The ops exist as ``torch.ops.taylor_cuda.*`` whatever was built; which code runs is for ``backends`` to say. The
+functions of this module call them, or, where nothing would see the difference, the code itself.
 """
 
 from __future__ import annotations
@@ -11,14 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from taylor_cuda.ops import backends, reference
+from taylor_cuda.ops import backends, checks, reference
 
 _LIBRARY = torch.library.Library("taylor_cuda", "DEF")
+_PLAIN = frozenset({Tensor, Parameter})
 
 
-def _define(op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> None:
-    """Register one op. The annotations of its reference function are its schema, and it has no gradient of its own."""
+def _define(op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Register one op. The annotations of its reference function are its schema, and it has no gradient of its own.
+
+    Returns:
+        What the package calls: the op, or, for a plain eager call, what it would run. The dispatcher's way through
+        Python takes as long as the sums of a small feature map.
+    """
     name = op.__name__
     _LIBRARY.define(name + torch.library.infer_schema(op, mutates_args=mutates))
 
@@ -33,6 +41,26 @@ def _define(op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str
     if mutates:
         _LIBRARY.impl(name, _bump_versions(op, mutates), "ADInplaceOrView", with_keyset=True)
     torch.library.register_fake(f"taylor_cuda::{name}", fake, lib=_LIBRARY)
+    overload: Callable[..., Any] = getattr(torch.ops.taylor_cuda, name).default
+    if mutates:
+        return overload  # autograd has to hear of it
+    return lambda *args: overload(*args) if _is_watched() or not _are_plain(args) else run(*args)
+
+
+def _is_watched() -> bool:
+    """Whether the compiler, a dispatch mode or a function transform has to see the op that is called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    """Whether the op's two tensors, or lists of them, are of no class that may want to see the call."""
+    if isinstance(args[0], Tensor):
+        return type(args[0]) in _PLAIN and type(args[1]) in _PLAIN
+    return _PLAIN.issuperset(map(type, args[0])) and _PLAIN.issuperset(map(type, args[1]))
 
 
 def _bump_versions(op: Callable[..., Any], mutates: tuple[str, ...]) -> Callable[..., Any]:
@@ -66,19 +94,15 @@ def _fake_accumulate_channel_sums(activation: Tensor, gradient: Tensor, sums: Te
 def _fake_weight_importance(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int], reduction: str = "sum"
 ) -> list[Tensor]:
-    torch._check(len(weights) == len(gradients) == len(dims))
+    checks.check_weight_lists(weights, gradients, dims)
+    checks.check_weight_pairs(weights, gradients, dims)
     return [
         weight.new_empty(weight.shape[dim], dtype=reference.result_dtype(weight.dtype))
         for weight, dim in zip(weights, dims, strict=True)
     ]
 
 
-_define(reference.channel_importance, _fake_channel_importance)
-_define(reference.channel_sums, _fake_channel_sums)
-_define(reference.accumulate_channel_sums, _fake_accumulate_channel_sums, mutates=("sums",))
-_define(reference.weight_importance, _fake_weight_importance)
-
-channel_importance = torch.ops.taylor_cuda.channel_importance.default
-channel_sums = torch.ops.taylor_cuda.channel_sums.default
-accumulate_channel_sums = torch.ops.taylor_cuda.accumulate_channel_sums.default
-weight_importance = torch.ops.taylor_cuda.weight_importance.default
+channel_importance = _define(reference.channel_importance, _fake_channel_importance)
+channel_sums = _define(reference.channel_sums, _fake_channel_sums)
+accumulate_channel_sums = _define(reference.accumulate_channel_sums, _fake_accumulate_channel_sums, mutates=("sums",))
+weight_importance = _define(reference.weight_importance, _fake_weight_importance)

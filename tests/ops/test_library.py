@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import taylor_cuda as tc
 from taylor_cuda.ops import backends, reference
@@ -86,6 +91,56 @@ def test_fakes_have_the_right_shapes_and_dtypes() -> None:
         (result,) = tc.weight_importance([wide], [wide], [-1])
         assert result.shape == (6,)
         assert result.dtype == torch.float64
+    assert tc.channel_sums(activation, activation).shape == (3, 4)  # a fake is one outside its mode too
+    assert tc.weight_importance([wide], [wide], [0])[0].shape == (7,)
+
+
+class Watcher(TorchDispatchMode):
+    """Notes the name of every op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op: torch._ops.OpOverload, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+CALLS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "channel_importance": lambda a, g: tc.channel_importance(a, g),
+    "channel_sums": lambda a, g: tc.channel_sums(a, g),
+    "weight_importance": lambda a, g: tc.weight_importance([a], [g], [1])[0],
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_whoever_watches_sees_the_op(op: str) -> None:
+    """A plain call goes past the dispatcher, which neither a mode nor a subclass may notice."""
+    with Watcher() as watcher:
+        expected = CALLS[op](*PAIR)
+    assert watcher.seen[0] == f"taylor_cuda::{op}"
+    graph = make_fx(CALLS[op])(*PAIR).graph
+    assert f"taylor_cuda.{op}.default" in {str(node.target) for node in graph.nodes}
+    wrapped = TwoTensor(PAIR[0], PAIR[0])
+    result = CALLS[op](wrapped, TwoTensor(PAIR[1], PAIR[1]))
+    assert isinstance(result, TwoTensor)
+    assert torch.equal(result.b, expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("op", ["channel_importance", "channel_sums"])
+def test_vmap_calls_the_op_for_each_entry(op: str) -> None:
+    stacked = [torch.stack([tensor, 2 * tensor]) for tensor in PAIR]
+    mapped = torch.func.vmap(CALLS[op])(*stacked)
+    assert torch.equal(mapped[0], CALLS[op](*PAIR))
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_plain_call_has_no_gradient(op: str) -> None:
+    activation = PAIR[0].clone().requires_grad_()
+    assert not CALLS[op](activation, PAIR[1]).requires_grad
+    assert torch.is_grad_enabled()
 
 
 def test_a_backend_that_was_asked_for_runs() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import taylor_cuda as tc
+from taylor_cuda.ops import backends
 from tests.gpu.cases import WEIGHT_DTYPES, WEIGHTS, check_weight_importance, make_weights
 from tests.ops.checks import each_backend, ops_of
 
@@ -24,10 +25,11 @@ BY_HAND = {
 @each_backend
 @pytest.mark.parametrize(("reduction", "dim"), BY_HAND)
 def test_by_hand(backend: str, reduction: str, dim: int) -> None:
-    both = ops_of(backend).weight_importance([WEIGHT, WEIGHT[0]], [GRADIENT, GRADIENT[0]], [dim, 0], reduction)
-    assert torch.equal(both[0], torch.tensor(BY_HAND[reduction, dim]))
     vector = {"sum": [2.0, -2.0], "square": [4.0, 4.0], "abs": [2.0, 2.0]}[reduction]
-    assert torch.equal(both[1], torch.tensor(vector))
+    for dims in ([dim, 0], [dim - 2, -1]):
+        both = ops_of(backend).weight_importance([WEIGHT, WEIGHT[0]], [GRADIENT, GRADIENT[0]], dims, reduction)
+        assert torch.equal(both[0], torch.tensor(BY_HAND[reduction, dim]))
+        assert torch.equal(both[1], torch.tensor(vector))
 
 
 @each_backend
@@ -80,10 +82,22 @@ def test_input_side_is_the_gradient_of_a_gate() -> None:
         ([torch.tensor(1.0)], [torch.tensor(1.0)], [0], r"dims\[0\]: wanted a dimension of shape \(\)"),
         (WEIGHT, [GRADIENT], [0], "weights: wanted a list, got Tensor"),
         ([WEIGHT], [None], [0], r"gradients\[0\]: wanted a tensor, got NoneType"),
+        ([None], [GRADIENT], [0], r"weights\[0\]: wanted a tensor, got NoneType"),
+        ([WEIGHT, WEIGHT], [GRADIENT, GRADIENT], [0, -3], r"dims\[1\]: wanted a dimension of shape"),
+        (
+            [WEIGHT, WEIGHT.int()],
+            [GRADIENT, GRADIENT.int()],
+            [0, 0],
+            r"weights\[1\]: wanted float32, .* got torch.int32",
+        ),
+        ([WEIGHT, WEIGHT.to_sparse()], [GRADIENT, GRADIENT], [0, 0], r"weights\[1\]: wanted a dense tensor"),
+        ([WEIGHT], [GRADIENT.to("meta")], [0], r"gradients\[0\]: wanted it on cpu"),
+        ([WEIGHT, WEIGHT.to("meta")], [GRADIENT, GRADIENT.to("meta")], [0, 0], r"weights\[1\]: wanted it on cpu"),
     ],
 )
-def test_bad_input_is_named(weights: object, gradients: object, dims: list[int], message: str) -> None:
-    with pytest.raises(tc.InputError, match=message):
+@each_backend
+def test_bad_input_is_named(weights: object, gradients: object, dims: list[int], message: str, backend: str) -> None:
+    with backends.use(backend), pytest.raises(tc.InputError, match=message):
         tc.weight_importance(weights, gradients, dims)
 
 
