@@ -6,37 +6,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taylor_cuda.graph.groups import Groups, check_keep, named_tensors
+from taylor_cuda.graph.groups import Groups, Role, check_keep, named_tensors
 from taylor_cuda.graph.sites import ReaderInputs, active_in_forward
+from taylor_cuda.graph.slicing import stays
 
 __all__ = ["MaskedForward", "masked", "position_masks"]
 
 
-def position_masks(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor], role: str) -> dict[str, Tensor]:
+def position_masks(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor], role: Role) -> dict[str, Tensor]:
     """For every tensor with a member of ``role``: bool over the positions of that member's dimension, True = kept.
 
     Tensors of which everything is kept are left out.
     """
     tensors = named_tensors(model)
-    kept: dict[str, np.ndarray[Any, np.dtype[np.bool_]]] = {}
-    for group in groups:
-        units = keep.get(group.name)
-        if units is None or units.numel() == group.size:
-            continue
-        dropped = np.ones(group.size, dtype=bool)
-        dropped[units.cpu().numpy()] = False
-        for member in group.members:
-            if member.role != role:
-                continue
-            if member.tensor not in kept:
-                kept[member.tensor] = np.ones(tensors[member.tensor].shape[member.dim], dtype=bool)
-            kept[member.tensor][member.index.numpy()[dropped]] = False
-    return {name: torch.from_numpy(mask).to(tensors[name].device) for name, mask in kept.items()}
+    found = stays(model, groups, keep, role)
+    return {name: torch.from_numpy(mask).to(tensors[name].device) for (name, _dim), mask in found.items()}
 
 
 class MaskedForward(ReaderInputs):

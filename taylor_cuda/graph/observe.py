@@ -14,7 +14,16 @@ from taylor_cuda.graph.mask import MaskedForward
 from taylor_cuda.graph.recorder import DROPOUT, copied, leaves
 from taylor_cuda.graph.sites import ReaderInputs, active_in_forward
 
-__all__ = ["Difference", "Observed", "difference", "observe_cut", "observe_masked", "reader_weights", "tolerance"]
+__all__ = [
+    "Difference",
+    "Observed",
+    "difference",
+    "observe_cut",
+    "observe_masked",
+    "reader_weights",
+    "rounds_products",
+    "tolerance",
+]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -48,12 +57,12 @@ def tolerance(tensors: Iterable[Tensor]) -> float:
     """
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     eps = max((torch.finfo(tensor.dtype).eps for tensor in floats), default=1e-7)
-    if floats and _rounds_products(floats[0].device):
+    if floats and rounds_products(floats[0].device):
         eps = max(eps, 2e-5)
     return min(1e3 * eps, 0.1)
 
 
-def _rounds_products(device: torch.device) -> bool:
+def rounds_products(device: torch.device) -> bool:
     """Whether fp32 products may be rounded to TF32 or bfloat16."""
     backends: Any = torch.backends
     on_cuda = (backends.cudnn.conv, backends.cuda.matmul)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from taylor_cuda.errors import InputError
 from taylor_cuda.graph.groups import named_tensors
 
 Transform = Callable[[str, Tensor, int], Tensor]
@@ -73,16 +72,3 @@ def active_in_forward(model: nn.Module, mode: TorchFunctionMode) -> list[Removab
         model.register_forward_pre_hook(enter),
         model.register_forward_hook(leave, always_call=True),
     ]
-
-
-def check_plain(model: nn.Module, what: str) -> None:
-    """Raise for a module whose forward pass would hide what is put into the model inside it."""
-    if hasattr(model, "_orig_mod"):
-        raise InputError(
-            f"{what}: model was compiled; hooks added later have no effect on it. "
-            "Give the original module and compile after"
-        )
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise InputError(f"{what}: model is wrapped in {type(model).__name__}; give the module inside, model.module")
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{what}: model must be a torch.nn.Module, got {type(model).__name__}")

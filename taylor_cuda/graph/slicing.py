@@ -6,7 +6,7 @@ only compute, :func:`slice_tensor` returns a new tensor, :func:`update_attribute
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +16,48 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
+from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, Role, named_tensors
 
-__all__ = ["Sliced", "layer_sizes", "shrink_groups", "slice_model", "slice_tensor", "tensor_keeps", "update_attributes"]
+__all__ = [
+    "Sliced",
+    "layer_sizes",
+    "shrink_groups",
+    "slice_model",
+    "slice_tensor",
+    "stays",
+    "tensor_keeps",
+    "update_attributes",
+]
 
 Keeps = dict[str, dict[int, Tensor]]
 """``{tensor name: {dimension: sorted int64 positions that stay}}``, on the CPU; where all stay, nothing."""
+
+
+def stays(
+    model: nn.Module, groups: Iterable[ChannelGroup], keep: Mapping[str, Tensor], role: Role | None = None
+) -> dict[tuple[str, int], np.ndarray[Any, np.dtype[np.bool_]]]:
+    """For every dimension that shrinks, ``(tensor name, dimension)``: a bool for each position, True = it stays.
+
+    Args:
+        model: the model as it is now; only the shapes of its tensors are read.
+        groups: its groups as they are now.
+        keep: ``{group name: sorted int64 unit indices}``; a group that isn't named keeps all.
+        role: only of members with this role.
+    """
+    tensors = named_tensors(model)
+    found: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.bool_]]] = {}
+    for group in groups:
+        kept = keep.get(group.name)
+        if kept is None or kept.numel() == group.size:
+            continue
+        dropped = np.ones(group.size, dtype=bool)
+        dropped[kept.cpu().numpy()] = False
+        for member in group.members if role is None else group.role(role):
+            place = (member.tensor, member.dim)
+            if place not in found:
+                found[place] = np.ones(tensors[member.tensor].shape[member.dim], dtype=bool)
+            found[place][member.index.numpy()[dropped]] = False
+    return found
 
 
 def tensor_keeps(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor]) -> Keeps:
@@ -35,21 +71,8 @@ def tensor_keeps(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor]) -
     Returns:
         ``{tensor name: {dimension: sorted int64 [positions kept]}}``.
     """
-    tensors = named_tensors(model)
-    stays: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.bool_]]] = {}
-    for group in groups:
-        kept = keep.get(group.name)
-        if kept is None or kept.numel() == group.size:
-            continue
-        dropped = np.ones(group.size, dtype=bool)
-        dropped[kept.cpu().numpy()] = False
-        for member in group.members:
-            place = (member.tensor, member.dim)
-            if place not in stays:
-                stays[place] = np.ones(tensors[member.tensor].shape[member.dim], dtype=bool)
-            stays[place][member.index.numpy()[dropped]] = False
     keeps: Keeps = {}
-    for (name, dim), mask in stays.items():
+    for (name, dim), mask in stays(model, groups, keep).items():
         keeps.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
     return keeps
 

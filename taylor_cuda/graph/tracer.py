@@ -10,6 +10,7 @@ from torch import nn
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.affine import with_affine
+from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.groups import Call, ChannelGroup, Frozen, Groups, call_arguments, named_tensors
 from taylor_cuda.graph.prove import prove as prove_groups
@@ -42,7 +43,8 @@ def trace(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = (), pro
         InputError: the model can't be traced as it is, its forward pass raises, a name in ``ignore`` matches nothing,
             or there is nothing to prune.
     """
-    _check_model(model)
+    check_model(model, "trace")
+    _check_tensors(model)
     inputs: Inputs = copied(call_arguments(example_inputs))
     stay = _matching(model, ignore)
     twin = _copy(model)
@@ -70,24 +72,11 @@ def trace(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = (), pro
     return groups
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        place = f" (at {name})" if name else ""
-        if isinstance(module, wrappers) or kind in ("FullyShardedDataParallel", "FSDP"):
-            raise InputError(f"model: is wrapped in {kind}{place}; pass the module inside (model.module)")
-        if kind == "OptimizedModule":
-            raise InputError(f"model: was compiled by torch.compile{place}; pass the original module (model._orig_mod)")
-    tensors = named_tensors(model)
-    lazy = [name for name, tensor in tensors.items() if nn.parameter.is_lazy(tensor)]
-    if lazy:
-        raise InputError(f"model: {lazy[0]} has no shape yet; run the model once before tracing it")
+def _check_tensors(model: nn.Module) -> None:
+    """Raise unless there are parameters and all tensors lie on one real device."""
     if not any(parameter.numel() for parameter in model.parameters()):
         raise InputError("model: has no parameters, so there is nothing to prune")
-    devices = {str(tensor.device) for tensor in tensors.values()}
+    devices = {str(tensor.device) for tensor in named_tensors(model).values()}
     if "meta" in devices:
         raise InputError("model: has tensors on the meta device, which hold no values; build it on a real device")
     if len(devices) > 1:

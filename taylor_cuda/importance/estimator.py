@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from taylor_cuda import ops
 from taylor_cuda.errors import InputError
+from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
-from taylor_cuda.graph.sites import check_plain
 from taylor_cuda.importance.activations import ForwardPass, ReaderSums
 from taylor_cuda.importance.criteria import Source, check_source, find_criterion
 from taylor_cuda.importance.units import Place, UnitSums, split_by_group
@@ -51,7 +51,7 @@ class Importance:
         momentum: float = 0.9,
         seed: int = 0,
     ) -> None:
-        check_plain(model, "Importance")
+        check_model(model, "Importance")
         self.criterion = find_criterion(criterion)
         check_source(source, self.criterion)
         if not 0 <= momentum < 1:

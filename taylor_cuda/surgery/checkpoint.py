@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from taylor_cuda.errors import CheckpointError, InputError
+from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.groups import named_tensors
 from taylor_cuda.surgery.recipe import Recipe, keeps_for, recipe_of, sliced_shapes
-from taylor_cuda.surgery.shrink import Shrinking, check_whole
+from taylor_cuda.surgery.shrink import Shrinking
 
 __all__ = ["load", "read_metadata", "save"]
 
@@ -40,7 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     Raises:
         InputError: the folder doesn't exist, or the model or ``metadata`` has something such a file can't hold.
     """
-    check_whole(model, "save")
+    check_model(model, "save")
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"path: wanted a file name in an existing folder, got {path}")
@@ -91,7 +92,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) ->
     Raises:
         CheckpointError: there is no such file, it is damaged, or it belongs to another model. The model is as it was.
     """
-    check_whole(model, "load")
+    check_model(model, "load")
     values, header = _read(Path(path))
     recipe: Recipe = recipe_of(model) if header is None else header["recipe"]
     try:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from taylor_cuda.errors import InputError
+from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.groups import Groups, check_keep
 from taylor_cuda.graph.slicing import shrink_groups, tensor_keeps
 from taylor_cuda.surgery.recipe import check_current, compose
-from taylor_cuda.surgery.shrink import Shrinking, check_whole
+from taylor_cuda.surgery.shrink import Shrinking
 from taylor_cuda.surgery.verify import MaskedReference
 
 __all__ = ["cut"]
@@ -52,7 +53,7 @@ def cut(
         InputError: an argument doesn't fit; raised before anything is touched.
         CutError: the cut model doesn't compute what the masked model did.
     """
-    check_whole(model, "cut")
+    check_model(model, "cut")
     keep = _kept_units(groups, plan)
     check_current(model, groups)
     keeps = tensor_keeps(model, groups, keep)

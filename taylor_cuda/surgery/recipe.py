@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from taylor_cuda.errors import InputError
+from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.groups import Groups, named_tensors
 from taylor_cuda.graph.slicing import Keeps, shrink_groups
-from taylor_cuda.surgery.shrink import RECIPE, Shrinking, check_whole
+from taylor_cuda.surgery.shrink import RECIPE, Shrinking
 
 __all__ = [
     "Recipe",
@@ -235,7 +236,7 @@ def apply_recipe(
     Raises:
         InputError: the recipe doesn't fit the model, its optimizer, EMA or groups. Nothing was touched.
     """
-    check_whole(model, "apply_recipe")
+    check_model(model, "apply_recipe")
     keeps = keeps_for(model, recipe)
     shrinking = Shrinking(model, keeps, optimizer, ema)
     shrunk = None if groups is None else shrink_groups(groups, _units_for(groups, recipe), keeps)

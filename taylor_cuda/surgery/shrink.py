@@ -13,11 +13,10 @@ from torch.utils import _pytree as pytree
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.groups import Groups, named_tensors
-from taylor_cuda.graph.sites import check_plain
 from taylor_cuda.graph.slicing import Keeps, slice_tensor, update_attributes
 from taylor_cuda.surgery.transaction import Transaction, set_data
 
-__all__ = ["RECIPE", "Shrinking", "check_whole"]
+__all__ = ["RECIPE", "Shrinking"]
 
 RECIPE = "taylor_cuda_recipe"
 """The attribute of a model under which the recipe of its cuts is kept."""
@@ -102,21 +101,6 @@ class Shrinking:
                             f"the parameter's {tuple(tensor.shape)} and can't be sliced; cut without the optimizer and "
                             "build a new one"
                         )
-
-
-def check_whole(model: nn.Module, what: str) -> None:
-    """Raise unless ``model`` is a module of plain tensors: neither it nor a part of it compiled, wrapped or sharded."""
-    check_plain(model, what)
-    for name, module in model.named_modules():
-        if {kind.__name__ for kind in type(module).__mro__} & {"FullyShardedDataParallel", "FSDPModule"}:
-            raise InputError(f"{what}: model is sharded by FSDP; do this before it is sharded")
-        if name:
-            check_plain(module, f"{what}, {name}")
-    for name, tensor in named_tensors(model).items():
-        if hasattr(tensor, "placements"):
-            raise InputError(f"{what}: {name} is distributed over devices (a DTensor); do this before it is")
-        if nn.parameter.is_lazy(tensor):
-            raise InputError(f"{what}: {name} has no shape yet; run the model once, as every lazy module needs")
 
 
 def _slice_in_place(tensor: Tensor, kept: Mapping[int, Tensor]) -> None:

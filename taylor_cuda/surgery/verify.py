@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from taylor_cuda.errors import CutError, InputError
 from taylor_cuda.graph.groups import Groups, named_tensors
 from taylor_cuda.graph.mask import MaskedForward, position_masks
+from taylor_cuda.graph.observe import rounds_products
 from taylor_cuda.graph.sites import ReaderInputs
 
 __all__ = ["MaskedReference", "quiet", "relative_difference"]
@@ -207,15 +208,6 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    if dtype == torch.float32 and _rounds_products(device):
+    if dtype == torch.float32 and rounds_products(device):
         return _REDUCED_FP32
     return _TOLERANCE.get(dtype, 0.0)
-
-
-def _rounds_products(device: torch.device) -> bool:
-    backends: Any = torch.backends
-    if device.type == "cuda":
-        settings = (backends.cudnn.conv, backends.cuda.matmul)
-    else:
-        settings = (backends.mkldnn.conv, backends.mkldnn.matmul)
-    return any(setting.fp32_precision in ("tf32", "bf16") for setting in settings)

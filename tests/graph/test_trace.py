@@ -204,7 +204,7 @@ def test_models_that_cannot_be_traced(model, message):
 
 def test_a_compiled_model_is_refused():
     compiled = torch.compile(ConvBN(), backend="eager")
-    with pytest.raises(InputError, match=r"was compiled by torch\.compile.*; pass the original module"):
+    with pytest.raises(InputError, match=r"was compiled by torch\.compile.*; give the original module"):
         trace(compiled, image())
     with pytest.raises(InputError, match=r"compiled by torch.compile \(at 0\)"):
         trace(nn.Sequential(compiled), image())

@@ -1,0 +1,49 @@
+"""Which models the package takes: a module of plain tensors, as its author built it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from taylor_cuda.errors import InputError
+from taylor_cuda.graph.groups import named_tensors
+
+__all__ = ["check_model"]
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule"})
+
+
+def check_model(model: Any, what: str) -> None:
+    """Raise unless ``model`` is a module of plain tensors: neither it nor a part of it compiled, wrapped or sharded.
+
+    Hooks and modes that are put into a module are never met by a forward pass that was compiled before, and a wrapper
+    keeps what it knows of the parameters from the time it was made.
+
+    Args:
+        model: what the user gave.
+        what: who asks, for the message.
+
+    Raises:
+        InputError: it isn't; the message names the part.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{what}: model: wanted a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        place = f" (at {name})" if name else ""
+        if hasattr(module, "_orig_mod"):
+            raise InputError(
+                f"{what}: model was compiled by torch.compile{place}; give the original module, model._orig_mod, and "
+                "compile after"
+            )
+        if {kind.__name__ for kind in type(module).__mro__} & _SHARDED:
+            raise InputError(f"{what}: model is sharded by FSDP{place}; do this before it is sharded")
+        if isinstance(module, _WRAPPERS):
+            kind = type(module).__name__
+            raise InputError(f"{what}: model is wrapped in {kind}{place}; give the module inside, model.module")
+    for name, tensor in named_tensors(model).items():
+        if hasattr(tensor, "placements"):
+            raise InputError(f"{what}: {name} is distributed over devices (a DTensor); do this before it is")
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(f"{what}: {name} has no shape yet; run the model once, as every lazy module needs")
