@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taylor_cuda.graph.groups import Call, Role, named_tensors
+from taylor_cuda.graph.groups import HEAD_COUNTS, HEAD_WIDTHS, Call, Number, Role, named_tensors
 from taylor_cuda.graph.labels import FREE, Array, Bools, Dims, Labels, Reason
 
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -64,6 +64,19 @@ class Read:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """An attribute of a module that says how many units there are, times a constant.
+
+    Attributes:
+        labels: of the units.
+        number: the attribute.
+    """
+
+    labels: Array
+    number: Number
+
+
+@dataclass(frozen=True)
 class Outside:
     """A layer whose weight is no parameter of the model: its channels have no place to be listed under."""
 
@@ -92,7 +105,11 @@ class Flow:
         roles: what a place is used as.
         reads: uses of weights that end units.
         affine: the bias of each weight of a normalisation whose output starts at that weight's own nodes.
-        calls: what costs MACs; the caller takes it after each forward pass.
+        calls: what costs MACs, each with the labels along which it does where these are no weight's; the caller takes
+            them after each forward pass.
+        asked: the shape that the view being made was asked for, with its -1; empty outside of one.
+        paused: no op has a rule now, for a function that they are part of has one.
+        counted: attributes of modules that hold the number of units.
         outside: layers whose weight is computed.
         reached: parameters that ``sites.py`` meets as the weight of a reader.
         ran: modules to be ignored whose outputs were seen.
@@ -105,7 +122,11 @@ class Flow:
         self.roles: dict[tuple[str, int], Role] = {}
         self.reads: list[Read] = []
         self.affine: dict[str, str] = {}
-        self.calls: list[Call] = []
+        self.calls: list[tuple[Call, Array | None]] = []
+        self.asked: tuple[int, ...] = ()
+        self.paused = False
+        self.counted: list[Counted] = []
+        self._modules = dict(model.named_modules())
         self.outside: list[Outside] = []
         self.reached: set[str] = set()
         self.ran: set[str] = set()
@@ -214,13 +235,33 @@ class Flow:
         self.reads.append(Read(labels, (source.name, source.dims[dim]), unreached))
         self.equal(labels, self.of(weight)[dim], "reads channels that stay")
 
-    def call(self, weight: Tensor | None, op: str, macs_per_weight: int) -> None:
-        """Note a use of a weight that costs MACs; without a weight, ``macs_per_weight`` is the whole cost."""
+    def heads(self, count: int) -> bool:
+        """Whether the module that runs has an attribute that says it has ``count`` heads."""
+        return any(name in HEAD_COUNTS and value == count for name, value in self._numbers())
+
+    def count_heads(self, labels: Array) -> None:
+        """Note the attributes of the module that runs which follow the number of these heads."""
+        for name, value in self._numbers():
+            if (name in HEAD_COUNTS and value == labels.size) or (name in HEAD_WIDTHS and value % labels.size == 0):
+                self.counted.append(Counted(labels, Number(self.module, name, value // labels.size)))
+
+    def _numbers(self) -> list[tuple[str, int]]:
+        """The whole numbers among the attributes of the module that runs; none of torch's own, which check them."""
+        module = self._modules.get(self.module)
+        if module is None or type(module).__module__.startswith("torch."):
+            return []
+        return [(name, value) for name, value in vars(module).items() if type(value) is int and value > 0]
+
+    def call(self, weight: Tensor | None, op: str, macs_per_weight: int, along: Array | None = None) -> None:
+        """Note a use of a weight that costs MACs; without a weight, ``macs_per_weight`` is the whole cost.
+
+        ``along``: units to whose number the cost is proportional.
+        """
         source = self.parameter(weight)
         name = "" if source is None else source.name
         if weight is not None and source is None:
             macs_per_weight *= weight.numel()
-        self.calls.append(Call(name, self.module, op, macs_per_weight))
+        self.calls.append((Call(name, self.module, op, macs_per_weight), along))
 
     def computed(self, weight: Tensor, size: int, text: str) -> None:
         """A layer whose weight isn't a parameter of the model: its ``size`` outputs stay."""

@@ -7,8 +7,9 @@ dimensions of the same tensors form a **group**: they are ranked together and sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,25 @@ class Member:
         return self.index.shape[1]
 
 
+HEAD_COUNTS = frozenset({"num_heads", "n_heads", "heads", "n_head", "nhead", "num_attention_heads"})
+HEAD_WIDTHS = frozenset({"attn_dim", "inner_dim", "all_head_size"})
+
+
+@dataclass(frozen=True)
+class Number:
+    """An attribute of a module that code computes shapes with, and that is proportional to a group's units.
+
+    Attributes:
+        module: its name.
+        name: of the attribute, one of ``HEAD_COUNTS`` and ``HEAD_WIDTHS``.
+        per_unit: its value for one unit.
+    """
+
+    module: str
+    name: str
+    per_unit: int
+
+
 @dataclass(frozen=True)
 class ChannelGroup:
     """Units that lie in the same dimensions of the same tensors.
@@ -55,6 +75,7 @@ class ChannelGroup:
         affine: the (gamma, beta) members of the normalisations whose γ·dγ + β·dβ is exactly the gradient of the
             units' gate (DESIGN 3.2: only positively homogeneous maps between them and every reader); empty where that
             does not hold.
+        numbers: attributes of modules that follow the number of units.
     """
 
     name: str
@@ -62,6 +83,7 @@ class ChannelGroup:
     kept: Tensor
     original_size: int
     affine: tuple[Member, ...] = ()
+    numbers: tuple[Number, ...] = ()
 
     @property
     def size(self) -> int:
@@ -87,13 +109,23 @@ class Call:
     """One use of a weight by a convolution, a linear layer or a product.
 
     It costs ``macs_per_weight · weight.numel()`` MACs; ``macs_per_weight`` counts the whole of ``example_inputs``:
-    divide by ``Groups.batch_size`` for one example. Without a weight (a product of activations) it is all the MACs.
+    divide by ``Groups.batch_size`` for one example. A product of activations has no weight: it costs
+    ``macs_per_weight`` times the length of ``along``, a ``(tensor, dimension)`` that shrinks with its heads, or just
+    ``macs_per_weight`` where nothing of it can go.
     """
 
     weight: str
     module: str
     op: str
     macs_per_weight: int
+    along: tuple[str, int] | None = None
+
+    def elements(self, shape_of: Callable[[str], Sequence[int]]) -> int:
+        """What ``macs_per_weight`` is multiplied with, given the shape of a tensor by name."""
+        if self.along is not None:
+            tensor, dim = self.along
+            return shape_of(tensor)[dim]
+        return prod(shape_of(self.weight)) if self.weight else 1
 
 
 @dataclass

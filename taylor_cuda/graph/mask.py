@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taylor_cuda.graph.groups import Groups, Role, check_keep, named_tensors
-from taylor_cuda.graph.sites import ReaderInputs, active_in_forward
+from taylor_cuda.graph.sites import RMS_NORMS, ReaderInputs, active_in_forward
 from taylor_cuda.graph.slicing import stays
 
 __all__ = ["MaskedForward", "masked", "position_masks"]
@@ -28,7 +28,7 @@ def position_masks(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor],
 
 
 class MaskedForward(ReaderInputs):
-    """Zeroes dropped positions at the inputs of readers, and lets a LayerNorm see kept positions only."""
+    """Zeroes dropped positions at the inputs of readers, and lets a LayerNorm or RMSNorm see kept positions only."""
 
     def __init__(self, model: nn.Module, groups: Groups, keep: Mapping[str, Tensor]) -> None:
         self._read = position_masks(model, groups, keep, "read")
@@ -45,7 +45,24 @@ class MaskedForward(ReaderInputs):
         """Layer normalisations in a way of their own, everything else as it is."""
         if func is F.layer_norm:
             return self._layer_norm(*args, **kwargs)
+        if func in RMS_NORMS:
+            return self._rms_norm(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+    def weights(self) -> set[int]:
+        """The readers, and the normalisations whose statistics change."""
+        return super().weights() | self._norm.keys()
+
+    def _rms_norm(
+        self, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        mask = self._norm.get(id(weight))
+        if mask is None:
+            return cast(Tensor, func(input, normalized_shape, weight, eps))
+        x = torch.where(mask, input, input.new_zeros(()))
+        square = x.square().sum(-1, keepdim=True) / mask.sum()
+        y = x * torch.rsqrt(square + (torch.finfo(x.dtype).eps if eps is None else eps))
+        return y if weight is None else y * weight
 
     def _layer_norm(
         self,

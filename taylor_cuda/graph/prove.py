@@ -77,6 +77,7 @@ class Proof:
     modes: tuple[bool, ...]
     _good: list[ChannelGroup] = field(default_factory=list)
     _bad: dict[str, str] = field(default_factory=dict)
+    _bad_kinds: dict[type, str] = field(default_factory=dict)
 
     def failure(self, chosen: list[ChannelGroup]) -> Failure | None:
         """Why cutting the drawn units of these groups together isn't masking them; None where it is."""
@@ -131,7 +132,9 @@ class Proof:
         aside: list[ChannelGroup] = []
         failure: Failure | None = first
         while failure is not None:
-            suspects = [group for group in rest if any(m.tensor == failure.weight for m in group.members)]
+            met = [group for group in rest if any(m.tensor == failure.weight for m in group.members)]
+            kinds = {kind for group in met for kind in self._kinds(group)}
+            suspects = [group for group in rest if group in met or kinds & self._kinds(group)]
             if not suspects or len(suspects) == len(rest):
                 break
             aside += suspects
@@ -145,13 +148,26 @@ class Proof:
             self._settle([group], None)
         return self._bad
 
+    def _kinds(self, group: ChannelGroup) -> set[type]:
+        """The classes whose code counts the units of ``group``: where it fails for one module, it does for all."""
+        return {type(self.model.get_submodule(number.module)) for number in group.numbers}
+
     def _settle(self, candidates: list[ChannelGroup], failure: Failure | None) -> None:
         """Take in those of ``candidates`` that hold together with the good ones. ``failure``: theirs, if it's known."""
+        known = {group.name: self._bad_kinds.keys() & self._kinds(group) for group in candidates}
+        for name, kinds in known.items():
+            if kinds:
+                self._bad[name] = self._bad_kinds[next(iter(kinds))]
+        if any(known.values()):
+            candidates, failure = [group for group in candidates if not known[group.name]], None
+        if not candidates:
+            return
         failure = failure or self.failure([*self._good, *candidates])
         if failure is None:
             self._good.extend(candidates)
         elif len(candidates) == 1:
             self._bad[candidates[0].name] = failure.text
+            self._bad_kinds.update(dict.fromkeys(self._kinds(candidates[0]), failure.text))
         else:
             middle = len(candidates) // 2
             self._settle(candidates[:middle], None)

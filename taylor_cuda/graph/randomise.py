@@ -23,12 +23,14 @@ class Noise:
 
     def like(self, tensor: Tensor) -> Tensor:
         """Numbers of the shape, dtype and device of ``tensor``."""
-        count, size = tensor.numel(), self._pool.numel()
-        start, self._at = self._at, (self._at + count) % size
-        values = self._pool
-        if start + count > size:
-            values = values.repeat(-(-(start + count) // size))
-        return values[start : start + count].view(tensor.shape).to(tensor, copy=True)
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        flat, done = values.view(-1), 0
+        while done < flat.numel():  # a stretch at a time, which stays in the cache
+            stretch = self._pool[self._at : self._at + flat.numel() - done]
+            flat[done : done + stretch.numel()].copy_(stretch)
+            done += stretch.numel()
+            self._at = (self._at + stretch.numel()) % self._pool.numel()
+        return values
 
 
 def _fan_in(weight: Tensor, transposed: bool) -> int:
@@ -57,7 +59,7 @@ def randomise(model: nn.Module, groups: Groups, inputs: Inputs, generator: torch
         values = noise.like(tensor)
         last = name.rpartition(".")[2]
         if name in weights:
-            tensor.data = values * (2.0 / _fan_in(tensor, name in flipped)) ** 0.5
+            tensor.data = values.mul_((2.0 / _fan_in(tensor, name in flipped)) ** 0.5)
         elif name in norms:
             tensor.data = values * 0.2 + (1.0 if last in ("weight", "running_var") else 0.0)
             if last == "running_var":

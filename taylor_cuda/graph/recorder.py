@@ -18,13 +18,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+import taylor_cuda.graph.rules_attention
 import taylor_cuda.graph.rules_layers
 import taylor_cuda.graph.rules_pointwise
 import taylor_cuda.graph.rules_shape  # noqa: F401  (importing fills the table of rules)
 from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.labels import Reason
 from taylor_cuda.graph.rules import Op, find_rule, tensors_in
-from taylor_cuda.graph.sites import READER_FUNCTIONS
+from taylor_cuda.graph.rules_layers import rms_norm
+from taylor_cuda.graph.sites import READER_FUNCTIONS, RMS_NORMS
 
 # dropout leaves every shape and channel as it is, but draws its noise in a different way in every release and device
 DROPOUT = frozenset(
@@ -42,6 +44,9 @@ DROPOUT = frozenset(
     }
 )
 
+_UNFLATTEN = frozenset({Tensor.unflatten, torch.unflatten})
+_VIEWS = frozenset({Tensor.view, Tensor.reshape, torch.reshape}) | _UNFLATTEN
+
 
 class Dispatched(TorchDispatchMode):
     """Hands every ATen op, after it ran, to its rule."""
@@ -54,6 +59,8 @@ class Dispatched(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._flow.paused:
+            return func(*args, **kwargs)
         namespace, _, name = str(getattr(func, "overloadpacket", func)).rpartition(".")
         known = name if namespace in ("aten", "prim") else f"{namespace}.{name}"
         found = None if "out" in kwargs else find_rule(known)
@@ -83,13 +90,13 @@ class Dispatched(TorchDispatchMode):
         packet = getattr(func, "overloadpacket", None)
         if packet in flop_registry:
             flow.call(None, op.name, flop_registry[packet](*op.args, **op.kwargs, out_val=op.out) // 2)
-        elif op.name.startswith("_scaled_dot_product"):  # torch 2.11 doesn't count the one for the CPU
-            query, key, value = op.args[:3]
-            flow.call(None, op.name, query[..., 0].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1]))
 
 
 class Called(TorchFunctionMode):
-    """Above autograd: which weights are readers' (``sites.py`` meets the same calls); leaves dropout out."""
+    """Above autograd: which weights are readers' (``sites.py`` meets the same calls), what shape a view was asked for.
+
+    Leaves dropout out.
+    """
 
     def __init__(self, model: nn.Module, flow: Flow) -> None:
         super().__init__()
@@ -107,7 +114,34 @@ class Called(TorchFunctionMode):
                 self._flow.reached.add(name)
         elif func in DROPOUT:
             return args[0] if args else kwargs["input"]
+        elif func in RMS_NORMS:
+            self._flow.paused = True
+            try:
+                out = func(*args, **kwargs)
+            finally:
+                self._flow.paused = False
+            rms_norm(self._flow, *args, **kwargs, out=out)
+            return out
+        elif func in _VIEWS:
+            self._flow.asked = _asked_shape(func, args, kwargs)
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self._flow.asked = ()
         return func(*args, **kwargs)
+
+
+def _asked_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The whole shape that a call of one of ``_VIEWS`` gives, its -1 still in it; empty where it gives none."""
+    x, *rest = [*args, *kwargs.values()]
+    if func in _UNFLATTEN:
+        dim, sizes = rest[0], rest[1]
+        if not isinstance(dim, int):
+            return ()
+        dim %= x.dim()
+        return (*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+    shape = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+    return tuple(shape) if all(isinstance(size, int) for size in shape) else ()
 
 
 def leaves(value: Any) -> Iterator[Tensor]:

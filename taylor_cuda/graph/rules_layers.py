@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -106,15 +107,6 @@ def addmm(flow: Flow, op: Op) -> None:
     _product(flow, op, op.args[1], op.args[2], op.args[0], op.out)
 
 
-@rule("bmm", "baddbmm")
-def bmm(flow: Flow, op: Op) -> None:
-    """A product of activations: what takes part in it stays."""
-    a, b = op.args[-2:]
-    flow.call(None, op.name, prod(a.shape) * b.shape[2])
-    flow.freeze_tensors(tensors_in(op.args), "a product of activations")
-    flow.put(op.out, [None, None, None])
-
-
 @rule(
     "native_batch_norm",
     "cudnn_batch_norm",
@@ -163,6 +155,29 @@ def layer_norm(flow: Flow, op: Op) -> None:
     flow.freeze_tensors([vector for vector in (weight, bias) if vector is not None], text)
     kept = len(dims) - len(shape)
     flow.put(out, [*rest[:kept], *flow.free(dims[kept:], text)])
+
+
+def rms_norm(
+    flow: Flow,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    out: Tensor,
+) -> None:
+    """Over exactly the last dimension, with a weight: its mean square is taken over what is kept."""
+    dims = [flow.clear(labels) for labels in flow.of(input)]
+    if len(normalized_shape) == 1 and flow.parameter(weight) is not None:
+        assert weight is not None
+        flow.role(flow.source(weight), 0, "norm")
+        flow.equal(flow.of(weight)[0], dims[-1], "a normalisation of channels that stay")
+        flow.put(out, dims)
+        return
+    text = "a root mean square normalisation without weight, or over several dimensions"
+    flow.freeze_tensors([] if weight is None else [weight], text)
+    kept = len(dims) - len(normalized_shape)
+    flow.put(out, [*dims[:kept], *flow.free(dims[kept:], text)])
 
 
 @rule("native_group_norm")

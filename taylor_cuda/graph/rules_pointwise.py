@@ -179,6 +179,21 @@ def pool(flow: Flow, op: Op) -> None:
         flow.put(out, kept)
 
 
+@rule("grid_sampler_2d", "grid_sampler_3d", "cudnn_grid_sampler")
+def grid_sampler(flow: Flow, op: Op) -> None:
+    """Every channel on its own, at positions that no channel is part of."""
+    dims = flow.of(op.x)
+    flow.freeze([*flow.of(op.args[1]), *dims[2:]], "positions of a grid")
+    flow.put(op.out, [*dims[:2], *[None] * (op.out.dim() - 2)])
+
+
+@rule("triu", "tril")
+def triangle(flow: Flow, op: Op) -> None:
+    """Zero on one side of the diagonal of the last two dimensions."""
+    dims = flow.of(op.x)
+    flow.put(op.out, [*dims[:-2], *flow.free(dims[-2:], f"{op.said} over channels")])
+
+
 @rule("glu")
 def glu(flow: Flow, op: Op) -> None:
     """The first half times the sigmoid of the second: the halves are one set of channels."""

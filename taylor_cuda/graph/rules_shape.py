@@ -6,6 +6,7 @@ from dataclasses import replace
 from math import prod
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from taylor_cuda.graph.flow import Flow
@@ -64,8 +65,14 @@ def _blocks(old: list[int], new: list[int]) -> list[tuple[range, range]]:
     return blocks
 
 
-def _reshape_block(flow: Flow, dims: Dims, old: list[int], new: list[int]) -> Dims:
-    """Labels of one run of dimensions ``old`` seen as ``new`` (equal products)."""
+def _reshape_block(flow: Flow, dims: Dims, old: list[int], new: list[int], asked: int | None) -> Dims:
+    """Labels of one run of dimensions ``old`` seen as ``new`` (equal products).
+
+    Channels seen as a grid (heads and what is in each; groups and what is in each) can only shrink along one dimension
+    of it: the one that the code left open with a -1 (``asked``), or the heads that its module counts, or else the last,
+    whose size code mostly computes.
+    Channels that differ in the others only are one unit. Where the code counts on something else, the proof says so.
+    """
     labelled = [dim for dim, labels in enumerate(dims) if labels is not None]
     if not labelled:
         return [None] * len(new)
@@ -80,17 +87,29 @@ def _reshape_block(flow: Flow, dims: Dims, old: list[int], new: list[int]) -> Di
     at = labelled[0]
     labels = dims[at]
     assert labels is not None
-    after = prod(old[at + 1 :])
-    grid = np.tile(np.repeat(labels, after), prod(old[:at])).reshape(new)
+    grid = _grid(labels, old, at, new)
     vary = [dim for dim in range(grid.ndim) if new[dim] > 1 and bool((grid != grid.take([0], dim)).any())]
-    if len(vary) > 1:
-        flow.freeze(dims, "one dimension of channels split by a view")
-        return [None] * len(new)
     # one channel in all: it goes to the dimension with as many indices, so that it still meets what has them
-    axis = vary[0] if vary else max(range(grid.ndim), key=lambda dim: new[dim])
+    axis = vary[-1] if vary else max(range(grid.ndim), key=lambda dim: new[dim])
     result: Dims = [None] * len(new)
-    result[axis] = np.moveaxis(grid, axis, 0).reshape(new[axis], -1)[:, 0].copy()
+    if len(vary) > 1:
+        # [query, key and value; heads; what is in each]: heads come last but one, however many there are
+        heads = sorted((dim for dim in vary if flow.heads(new[dim])), key=lambda dim: (dim < len(new) - 1, dim))
+        axis = asked if asked is not None and asked in vary else heads[-1] if heads else axis
+        cleared = flow.clear(labels)
+        assert cleared is not None
+        grid = grid if cleared is labels else _grid(cleared, old, at, new)
+        along = np.moveaxis(grid, axis, 0).reshape(new[axis], -1)
+        flow.equal(np.repeat(along[:, 0], along.shape[1]), along.ravel(), "seen as a grid with channels that stay")
+    result[axis] = units = np.moveaxis(grid, axis, 0).reshape(new[axis], -1)[:, 0].copy()
+    if len(vary) > 1:
+        flow.count_heads(units)
     return result
+
+
+def _grid(labels: Array, old: list[int], at: int, new: list[int]) -> Array:
+    """The labels of dimension ``at`` of ``old`` at every index of ``new``."""
+    return np.tile(np.repeat(labels, prod(old[at + 1 :])), prod(old[:at])).reshape(new)
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "view_copy")
@@ -106,10 +125,12 @@ def view(flow: Flow, op: Op) -> None:
     if old == new:
         flow.put(out, dims)
         return
+    asked = flow.asked.index(-1) if -1 in flow.asked and len(flow.asked) == len(new) else None
     result: Dims = []
     for before, after in _blocks(old, new):
         sizes = [old[dim] for dim in before]
-        result += _reshape_block(flow, [dims[dim] for dim in before], sizes, [new[dim] for dim in after])
+        open_dim = asked - after.start if asked is not None and asked in after else None
+        result += _reshape_block(flow, [dims[dim] for dim in before], sizes, [new[dim] for dim in after], open_dim)
     flow.put(out, result)
 
 
@@ -221,6 +242,27 @@ def index_select(flow: Flow, op: Op) -> None:
     flow.put(op.out, dims)
 
 
+@rule("index")
+def index(flow: Flow, op: Op) -> None:
+    """Indices of dimensions without channels; the indexed ones come where the first was, or in front if apart."""
+    dims = flow.of(op.x)
+    given = list(op.args[1])
+    at = [dim for dim, indices in enumerate(given) if indices is not None]
+    flow.freeze([dims[dim] for dim in at], "selected at positions that the code holds")
+    flow.freeze_tensors(tensors_in(given), "used as indices")
+    taken = [indices for indices in given if indices is not None]
+    if any(indices.dtype in (torch.bool, torch.uint8) for indices in taken):  # takes as many dimensions as it has
+        flow.freeze(dims, "selected by a mask")
+        flow.put(op.out, [None] * op.out.dim())
+        return
+    new: Dims = [None] * (op.out.dim() - (op.x.dim() - len(at)))
+    together = at == list(range(at[0], at[0] + len(at))) if at else True
+    first = at[0] if at and together else 0
+    rest = [labels for dim, labels in enumerate(dims) if dim not in at]
+    before = first if together else 0
+    flow.put(op.out, [*rest[:before], *new, *rest[before:]])
+
+
 @rule("select")
 def select(flow: Flow, op: Op) -> None:
     """One index of a dimension without channels."""
@@ -252,3 +294,42 @@ def constant_pad(flow: Flow, op: Op) -> None:
     if op.arg(2, "value", 0):
         dims = [flow.clear(labels) for labels in dims]
     flow.put(op.out, dims)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(flow: Flow, op: Op) -> None:
+    """The channels that become one channel's pixels are one unit."""
+    dims = flow.of(op.x)
+    factor = int(op.args[1]) ** 2
+    labels = flow.clear(dims[-3])
+    flow.freeze(dims[-2:], "pixel_shuffle over channels")
+    if labels is not None:
+        lead = labels.reshape(-1, factor)[:, 0]
+        flow.equal(np.repeat(lead, factor), labels, "shuffled into one channel")
+        labels = lead
+    flow.put(op.out, [*dims[:-3], labels, None, None])
+
+
+@rule("pixel_unshuffle", "im2col")
+def pixel_unshuffle(flow: Flow, op: Op) -> None:
+    """Every channel becomes several."""
+    dims = flow.of(op.x)
+    at = op.x.dim() - 3
+    flow.freeze(dims[at + 1 :], f"{op.said} over channels")
+    labels = dims[at]
+    if labels is not None:
+        labels = np.repeat(labels, op.out.shape[at] // op.x.shape[at])
+    flow.put(op.out, [*dims[:at], labels, *[None] * (op.out.dim() - at - 1)])
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(flow: Flow, op: Op) -> None:
+    """Channel j of every group comes to lie side by side: those are one unit, for the number of groups stays."""
+    dims = flow.of(op.x)
+    labels = flow.clear(dims[1])
+    if labels is not None:
+        groups = int(op.args[1])
+        lead = labels.reshape(groups, -1)[0]
+        flow.equal(np.tile(lead, groups), labels, "shuffled together with channels that stay")
+        labels = np.repeat(lead, groups)
+    flow.put(op.out, [dims[0], labels, *dims[2:]])

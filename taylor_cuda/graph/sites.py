@@ -6,6 +6,7 @@ as well as ``self.conv(x)``. Inputs are met above autograd, so what is put there
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +31,8 @@ _SPATIAL = {
     F.linear: 0,
 }
 READER_FUNCTIONS = frozenset(_SPATIAL)
+RMS_NORMS = frozenset({F.rms_norm, torch.rms_norm})
+"""What an RMSNorm calls; devices and releases differ in the ops it comes to."""
 
 
 class ReaderInputs(TorchFunctionMode):
@@ -54,21 +57,38 @@ class ReaderInputs(TorchFunctionMode):
                 args = (self._transform(name, x, dim), *args[1:])
         return self.call(func, args, kwargs)
 
+    def weights(self) -> set[int]:
+        """The ids of the tensors at whose uses the mode does something."""
+        return set(self._name_of)
+
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function; a place for subclasses to change what it does."""
         return func(*args, **kwargs)
 
 
-def active_in_forward(model: nn.Module, mode: TorchFunctionMode) -> list[RemovableHandle]:
-    """Make ``mode`` active during every forward pass of ``model`` and nowhere else. Remove the handles to end that."""
+def active_in_forward(model: nn.Module, mode: ReaderInputs) -> list[RemovableHandle]:
+    """Make ``mode`` active during every forward pass of ``model`` and nowhere else. Remove the handles to end that.
+
+    Activation checkpointing runs parts of the model once more in the backward pass, perhaps in another thread: there
+    the layers whose weights the mode looks for enter it themselves.
+    """
+    depth = threading.local()
+    function_mode: TorchFunctionMode = mode
 
     def enter(_module: nn.Module, _args: Any) -> None:
-        mode.__enter__()
+        depth.value = getattr(depth, "value", 0) + 1
+        if depth.value == 1:
+            function_mode.__enter__()
 
     def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        mode.__exit__(None, None, None)
+        depth.value -= 1
+        if depth.value == 0:
+            function_mode.__exit__(None, None, None)
 
-    return [
-        model.register_forward_pre_hook(enter),
-        model.register_forward_hook(leave, always_call=True),
-    ]
+    wanted = mode.weights()
+    owners = [module for module in model.modules() if any(id(p) in wanted for p in module._parameters.values())]
+    handles = []
+    for module in {id(module): module for module in (model, *owners)}.values():
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    return handles

@@ -21,6 +21,8 @@ from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, Role, named_t
 __all__ = [
     "Sliced",
     "layer_sizes",
+    "numbers_after",
+    "set_numbers",
     "shrink_groups",
     "slice_model",
     "slice_tensor",
@@ -194,6 +196,29 @@ def update_attributes(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     return changed
 
 
+def numbers_after(groups: Iterable[ChannelGroup], keep: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
+    """``{module: {attribute: value}}`` of the attributes that count units, once only ``keep`` is left of the groups."""
+    found: dict[str, dict[str, int]] = {}
+    for group in groups:
+        kept = keep.get(group.name)
+        if kept is None or kept.numel() == group.size:
+            continue
+        for number in group.numbers:
+            found.setdefault(number.module, {})[number.name] = number.per_unit * kept.numel()
+    return found
+
+
+def set_numbers(model: nn.Module, numbers: Mapping[str, Mapping[str, int]]) -> list[tuple[nn.Module, str, Any]]:
+    """Set attributes of modules by name; returns ``(module, attribute, old value)`` of what was there."""
+    changed = []
+    for path, values in numbers.items():
+        module = model.get_submodule(path)
+        for name, value in values.items():
+            changed.append((module, name, getattr(module, name)))
+            setattr(module, name, value)
+    return changed
+
+
 @dataclass
 class Sliced:
     """What :func:`slice_model` replaced, by reference. :meth:`restore` puts it back."""
@@ -224,5 +249,5 @@ def slice_model(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor], ke
         tensor = tensors[name]
         done.tensors.append((tensor, tensor.data))
         tensor.data = slice_tensor(tensor.data, kept)
-    done.attributes = update_attributes(model)
+    done.attributes = update_attributes(model) + set_numbers(model, numbers_after(groups, keep))
     return done

@@ -13,6 +13,7 @@ from taylor_cuda.graph.affine import with_affine
 from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.groups import Call, ChannelGroup, Frozen, Groups, call_arguments, named_tensors
+from taylor_cuda.graph.labels import Array
 from taylor_cuda.graph.prove import prove as prove_groups
 from taylor_cuda.graph.recorder import copied, copy_model, leaves, record, set_mode, undisturbed
 from taylor_cuda.graph.units import Units, freeze_unreached
@@ -20,6 +21,8 @@ from taylor_cuda.graph.units import Units, freeze_unreached
 __all__ = ["trace"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Use = tuple[Call, "Array | None"]
+"""What costs MACs, and the labels along which it does where these are no weight's."""
 
 
 def trace(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = (), prove: bool = True) -> Groups:
@@ -53,19 +56,20 @@ def trace(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = (), pro
         calls, train_calls, notes = _record_both(twin, flow, inputs, stay)
         units = Units(flow, flow.labels.solve())
         found, left = units.groups()
-        parameters = dict(model.named_parameters())
+        uses = tuple(units.along(found, call, labels) for call, labels in calls)
+        tensors = named_tensors(model)
         groups = Groups(
-            groups=tuple(with_affine(units, found)),
+            groups=tuple(units.with_numbers(with_affine(units, found))),
             frozen=tuple(units.frozen(left)),
-            calls=tuple(calls),
+            calls=uses,
             example_inputs=inputs,
             batch_size=next((tensor.shape[0] for tensor in leaves(inputs) if tensor.dim()), 1),
-            original_macs=sum(_macs(call, parameters) for call in calls),
-            original_params=sum(parameter.numel() for parameter in parameters.values()),
+            original_macs=sum(call.macs_per_weight * call.elements(lambda name: tensors[name].shape) for call in uses),
+            original_params=sum(parameter.numel() for parameter in model.parameters()),
             notes=notes,
         )
         if prove:
-            only_in_train = {call.weight for call in train_calls} - {call.weight for call in calls}
+            only_in_train = {call.weight for call, _ in train_calls} - {call.weight for call, _ in calls}
             _without(groups, prove_groups(twin, groups, inputs, bool(only_in_train)))
     if not groups.groups:
         raise InputError(f"model: nothing to prune. {_summary(groups.frozen)}")
@@ -105,7 +109,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _record_both(
     twin: nn.Module, flow: Flow, inputs: Inputs, stay: dict[str, str]
-) -> tuple[list[Call], list[Call], list[str]]:
+) -> tuple[list[Use], list[Use], list[str]]:
     """Trace eval mode, then train mode; the calls of each, and notes."""
     notes: list[str] = []
     try:
@@ -127,10 +131,6 @@ def _record_both(
         if not any(name in flow.ran for name, given in stay.items() if given == pattern):
             raise InputError(f"ignore: the forward pass calls no module that {pattern!r} matches; name their layers")
     return calls, flow.calls, notes
-
-
-def _macs(call: Call, parameters: dict[str, Any]) -> int:
-    return call.macs_per_weight * (parameters[call.weight].numel() if call.weight else 1)
 
 
 def _without(groups: Groups, bad: dict[str, str]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from taylor_cuda.graph.flow import Flow, Place
-from taylor_cuda.graph.groups import ChannelGroup, Frozen, Member
+from taylor_cuda.graph.groups import Call, ChannelGroup, Frozen, Member, Number
 from taylor_cuda.graph.labels import NEVER, Array, Bools, Classes
 
 _LEFT = ("", "no layer reads them", "one unit in all")
@@ -122,6 +123,43 @@ class Units:
             role = self.flow.roles.get((place.tensor, place.dim), "other")
             members.append(Member(place.tensor, place.dim, index, role))
         return int(table[0, 0]), tuple(members)
+
+    def along(self, groups: Sequence[ChannelGroup], call: Call, labels: Array | None) -> Call:
+        """``call`` with the place that shrinks as its cost does, where ``labels`` are all units of one group."""
+        if labels is None or (labels < 0).any():
+            return call
+        units, counts = np.unique(self.classes.root[labels], return_counts=True)
+        if np.unique(counts).size > 1:
+            return call
+        for group in groups:
+            if not np.array_equal(units, self._classes_of(group)):
+                continue
+            for member in (*group.role("read"), *group.members):
+                length = self.places[self.at[member.tensor, member.dim]].size
+                if member.index.numel() == length and call.macs_per_weight % length == 0:
+                    macs = call.macs_per_weight // length
+                    return replace(call, macs_per_weight=macs, along=(member.tensor, member.dim))
+        return call
+
+    def with_numbers(self, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+        """The groups with the attributes that count their units; one that several groups claim follows none."""
+        claims: dict[tuple[str, str], dict[str, Number]] = {}
+        for counted in self.flow.counted:
+            units = np.unique(self.classes.root[counted.labels])
+            for group in groups:
+                if np.array_equal(units, self._classes_of(group)):
+                    claims.setdefault((counted.number.module, counted.number.name), {})[group.name] = counted.number
+        sole = [next(iter(claim.items())) for claim in claims.values() if len(claim) == 1]
+        return [
+            replace(group, numbers=tuple(number for name, number in sole if name == group.name)) for group in groups
+        ]
+
+    def _classes_of(self, group: ChannelGroup) -> Array:
+        """The classes of a group's units, sorted."""
+        first = group.members[0]
+        own = self.places[self.at[first.tensor, first.dim]].start + first.index[:, 0].numpy()
+        classes: Array = np.sort(self.classes.root[own])
+        return classes
 
     def _named(self, groups: list[tuple[Member, ...]]) -> list[ChannelGroup]:
         seen: dict[str, int] = {}

@@ -149,6 +149,9 @@ def compile_cost(lengths: Lengths, groups: Groups) -> CostTerms:
     for call in groups.calls:
         if call.weight:
             macs_per_weight[call.weight] += call.macs_per_weight
+        elif call.along:
+            tensor, dim = call.along
+            add("macs", call.macs_per_weight, [lengths.dimensions(tensor)[dim]])
         else:
             add("macs", call.macs_per_weight, ())
     for name in [*lengths.parameters, *(name for name in macs_per_weight if name not in lengths.parameters)]:

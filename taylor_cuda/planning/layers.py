@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 
 from torch import nn
@@ -59,8 +60,8 @@ def layer_costs(model: nn.Module, groups: Groups, sizes: Mapping[str, int] | Non
         # A weight's MACs belong to the module that owns it; what has no weight, to the module that computes it.
         entry = sums.setdefault(_owner(call.weight) if call.weight else call.module, _Sums())
         for position, counts in enumerate(states):
-            elements = prod(_shape(lengths, call.weight, counts)) if call.weight else 1
-            entry.macs[position] += call.macs_per_weight * elements
+            shape_of = partial(_shape, lengths, counts=counts)
+            entry.macs[position] += call.macs_per_weight * call.elements(shape_of)
     batch = max(groups.batch_size, 1)
     written = {(m.tensor, m.dim) for group in groups for m in group.role("write")}
     modules = dict(model.named_modules())

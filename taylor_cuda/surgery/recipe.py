@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.checks import check_model
-from taylor_cuda.graph.groups import Groups, named_tensors
-from taylor_cuda.graph.slicing import Keeps, shrink_groups
+from taylor_cuda.graph.groups import HEAD_COUNTS, HEAD_WIDTHS, Groups, named_tensors
+from taylor_cuda.graph.slicing import Keeps, numbers_after, shrink_groups
 from taylor_cuda.surgery.shrink import RECIPE, Shrinking
 
 __all__ = [
@@ -102,6 +102,8 @@ def compose(model: nn.Module, groups: Groups, keep: Mapping[str, Tensor], keeps:
             if before is not None and parse_positions(before["kept"], before["size"]).numel() != group.size:
                 before = None
             recipe["groups"][group.name] = _composed(before, "size", group.size, units)
+    for module, numbers in numbers_after(groups, keep).items():
+        recipe.setdefault("numbers", {}).setdefault(module, {}).update(numbers)
     return recipe
 
 
@@ -163,6 +165,7 @@ def keeps_for(model: nn.Module, recipe: Recipe) -> Keeps:
         InputError: the recipe is malformed, of another model, or the model has lost something that the recipe keeps.
     """
     _check_form(recipe)
+    _check_numbers(model, recipe.get("numbers", {}))
     tensors, done = named_tensors(model), recipe_of(model)["tensors"]
     keeps: Keeps = {}
     for name in [*recipe["tensors"], *(name for name in done if name not in recipe["tensors"])]:
@@ -218,6 +221,20 @@ def _check_form(recipe: Any) -> None:
         for entry, size in entries
     ):
         raise InputError("recipe: malformed; an entry is {'length': int, 'kept': '0-11,13'} by tensor and dimension")
+
+
+def _check_numbers(model: nn.Module, numbers: Any) -> None:
+    """Raise unless every entry is a count of heads that the model has: no other attribute is set from a file."""
+    modules = dict(model.named_modules())
+    if not isinstance(numbers, dict) or not all(isinstance(values, dict) for values in numbers.values()):
+        raise InputError("recipe: malformed; 'numbers' is {module: {attribute: int}}")
+    for path, values in numbers.items():
+        for name, value in values.items():
+            now = vars(modules[path]).get(name) if path in modules else None
+            if name not in HEAD_COUNTS | HEAD_WIDTHS or type(value) is not int or type(now) is not int:
+                raise InputError(f"recipe: made for another model; this one has no whole number {path}.{name}")
+            if not 0 < value <= now:
+                raise InputError(f"recipe: {path}.{name} is {now} in this model, the recipe says {value}")
 
 
 def apply_recipe(

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.groups import Groups, named_tensors
-from taylor_cuda.graph.slicing import Keeps, slice_tensor, update_attributes
+from taylor_cuda.graph.slicing import Keeps, set_numbers, slice_tensor, update_attributes
 from taylor_cuda.surgery.transaction import Transaction, set_data
 
 __all__ = ["RECIPE", "Shrinking"]
@@ -75,6 +75,7 @@ class Shrinking:
                         _slice_in_place(tensor, self._keeps[name])
         for module in self._modules():
             update_attributes(module)
+            set_numbers(module, recipe.get("numbers", {}))
             setattr(module, RECIPE, recipe)
 
     def _modules(self) -> list[nn.Module]:

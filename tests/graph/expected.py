@@ -66,7 +66,42 @@ GROUPS: dict[str, dict[str, tuple[int, str]]] = {
     },
     "shuffle": {
         "a": (8, "a.weight:0w a.bias:0o b.weight:1r"),
+        "b": (4, "b.weight:0w*2 b.bias:0o*2 c.weight:1r*2"),
         "c": (6, "c.weight:0w c.bias:0o fc.weight:1r"),
+    },
+    "pixel_shuffle": {
+        "a": (3, "a.weight:0w*4 a.bias:0o*4 b.weight:1r"),
+        "b": (5, "b.weight:0w b.bias:0o c.weight:1r*4"),
+        "c": (6, "c.weight:0w c.bias:0o fc.weight:1r"),
+    },
+    "rms_norm": {
+        "embed": (8, "embed.weight:0w embed.bias:0o norm.weight:0n up.weight:1r down.weight:0w head.weight:1r"),
+        "up": (10, "up.weight:0w down.weight:1r"),
+    },
+    "open_heads": {
+        "embed": (12, "embed.weight:0w embed.bias:0o qkv.weight:1r"),
+        "qkv": (3, "qkv.weight:0w*12 qkv.bias:0o*12 proj.weight:1r*4"),
+        "proj": (7, "proj.weight:0w proj.bias:0o head.weight:1r"),
+    },
+    "counted_heads": {
+        "q": (
+            3,
+            "q.weight:0w*5 q.bias:0o*5 k.weight:0w*5 k.bias:0o*5 v.weight:0w*5 v.bias:0o*5 proj.weight:1r*5",
+        ),
+        "proj": (7, "proj.weight:0w proj.bias:0o head.weight:1r"),
+    },
+    "heads_by_hand": {
+        "q": (
+            4,
+            "table:1o q.weight:0w*3 q.bias:0o*3 k.weight:0w*3 k.bias:0o*3 v.weight:0w*5 v.bias:0o*5 proj.weight:1r*5",
+        ),
+    },
+    "fixed_heads": {
+        "up": (7, "up.weight:0w up.bias:0o head.weight:1r"),
+    },
+    "width_from_input": {
+        "proj": (12, "proj.weight:0w proj.bias:0o up.weight:1r"),
+        "up": (7, "up.weight:0w up.bias:0o head.weight:1r"),
     },
     "c2f": {
         "a": (4, "a.weight:0w*2 a.bias:0o*2 m1.weight:1r m2.weight:0w m2.bias:0o b.weight:1r*3"),
@@ -157,8 +192,11 @@ GROUPS: dict[str, dict[str, tuple[int, str]]] = {
 }
 
 FROZEN: dict[str, dict[str, tuple[int, str]]] = {
-    "shuffle": {
-        "b": (8, "one dimension of channels split by a view"),
+    "fixed_heads": {
+        "qkv": (36, "contracted by a product of activations"),
+    },
+    "width_from_input": {
+        "qkv": (36, "the code can't run with fewer channels"),
     },
     "constant_slice": {
         "a": (8, "sliced at positions that the code holds"),
@@ -196,6 +234,6 @@ FROZEN: dict[str, dict[str, tuple[int, str]]] = {
     "unknown": {
         "a": (8, "softmax over channels"),
         "b": (8, "mean over channels"),
-        "c": (8, "no rule for aten.pixel_shuffle"),
+        "c": (8, "no rule for aten.cummax"),
     },
 }

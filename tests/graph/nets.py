@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.graph.attention_nets import CountedHeads, FixedHeads, HeadsByHand, OpenHeads, WidthFromInput
 from tests.graph.base import Net, conv, image
 from tests.graph.odd_nets import (
     GLU,
@@ -158,7 +159,7 @@ class LayerNormed(Net):
 
 
 class Shuffle(Net):
-    """A channel shuffle between two convolutions: what passes it stays, what doesn't can go."""
+    """A channel shuffle between two convolutions: the same channel of each half is one unit."""
 
     def __init__(self) -> None:
         super().__init__(a=conv(3, 8), b=conv(8, 8), c=conv(8, 6), fc=nn.Linear(6, 2))
@@ -168,6 +169,34 @@ class Shuffle(Net):
         n, c, h, w = x.shape
         x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
         return self.fc(F.relu(self.c(x)).mean((2, 3)))
+
+
+class PixelShuffle(Net):
+    """Four channels become one of twice the size, and one becomes four again."""
+
+    def __init__(self) -> None:
+        super().__init__(a=conv(3, 12), b=conv(3, 5), c=conv(20, 6), fc=nn.Linear(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(self.b(F.pixel_shuffle(self.a(x), 2)), 2)
+        return self.fc(F.relu(self.c(x)).mean((2, 3)))
+
+
+class RMSNormed(Net):
+    """An RMSNorm, whose mean square is taken over what is kept, inside a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            embed=nn.Linear(6, 8),
+            norm=nn.RMSNorm(8),
+            up=nn.Linear(8, 10, bias=False),
+            down=nn.Linear(10, 8, bias=False),
+            head=nn.Linear(8, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head((x + self.down(F.silu(self.up(self.norm(x))))).mean(1))
 
 
 class C2f(Net):
@@ -204,6 +233,13 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "group_norm": (GroupNormed, image),
     "layer_norm": (LayerNormed, lambda: torch.randn(2, 5, 6)),
     "shuffle": (Shuffle, image),
+    "pixel_shuffle": (PixelShuffle, image),
+    "rms_norm": (RMSNormed, lambda: torch.randn(2, 5, 6)),
+    "open_heads": (OpenHeads, lambda: torch.randn(2, 5, 6)),
+    "counted_heads": (CountedHeads, lambda: torch.randn(2, 5, 6)),
+    "heads_by_hand": (HeadsByHand, lambda: torch.randn(2, 5, 6)),
+    "fixed_heads": (FixedHeads, lambda: torch.randn(2, 5, 6)),
+    "width_from_input": (WidthFromInput, lambda: torch.randn(2, 5, 12)),
     "c2f": (C2f, image),
     "flatten": (Flatten, image),
     "constant_slice": (ConstantSlice, image),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.flow import Flow
-from taylor_cuda.graph.recorder import Dispatched
+from taylor_cuda.graph.recorder import Called, Dispatched
 from taylor_cuda.graph.rules_shape import _blocks
 from taylor_cuda.graph.tracer import trace
 from tests.graph.base import Net, conv, image
@@ -26,13 +26,16 @@ def after(x: Tensor, dim: int, function: Any) -> tuple[list[list[int] | None], l
     holder.p = nn.Parameter(torch.zeros(x.shape[dim]))
     flow = Flow(holder)
     flow.put(x, [flow.of(holder.p)[0] if at == dim else None for at in range(x.dim())])
-    with torch.no_grad(), Dispatched(flow):
+    with torch.no_grad(), Called(holder, flow), Dispatched(flow):
         out = function(x)
     dims = [None if labels is None else labels.tolist() for labels in flow.of(out)]
     solved = flow.labels.solve()
     assert not [reason for reason in solved.reasons if "failed" in reason.text]
     frozen = [node for node in range(x.shape[dim]) if solved.event[solved.root[node]] < len(solved.reasons)]
     return dims, frozen
+
+
+sdpa = F.scaled_dot_product_attention
 
 
 def x(*shape: int) -> Tensor:
@@ -49,6 +52,25 @@ def x(*shape: int) -> Tensor:
         ((2, 3, 1, 1), lambda x: x.squeeze(3).squeeze(2), [None, [0, 1, 2]]),
         ((2, 3), lambda x: x[:, :, None, None], [None, [0, 1, 2], None, None]),
         ((2, 3, 4), lambda x: x.view(2, 3, 2, 2), [None, [0, 1, 2], None, None]),
+        ((2, 6, 4), lambda x: x.view(2, 2, 3, 4), [None, None, [0, 1, 2], None]),
+        ((2, 6, 4), lambda x: x.view(2, -1, 3, 4), [None, [0, 3], None, None]),
+        ((2, 6, 4), lambda x: x.reshape((2, 2, -1, 4)), [None, None, [0, 1, 2], None]),
+        ((2, 6, 4), lambda x: x.unflatten(1, (-1, 2)), [None, [0, 2, 4], None, None]),
+        ((2, 6, 4), lambda x: x.transpose(1, 2).unflatten(-1, (3, -1)), [None, None, None, [0, 1]]),
+        ((2, 6, 4), lambda x: torch.reshape(x, (2, -1, 3, 4)), [None, [0, 3], None, None]),
+        ((2, 3, 4), lambda x: x[:, :, torch.tensor([0, 1])], [None, [0, 1, 2], None]),
+        ((2, 3, 4), lambda x: x[torch.tensor([0, 1]), :, torch.tensor([0, 1])], [None, [0, 1, 2]]),
+        ((2, 3, 4, 4), lambda x: x[:, :, torch.tensor([0, 1]), torch.tensor([0, 1])], [None, [0, 1, 2], None]),
+        ((2, 3, 4), lambda x: torch.bmm(x, torch.ones(2, 4, 5)), [None, [0, 1, 2], None]),
+        ((2, 3, 4), lambda x: torch.bmm(torch.ones(2, 5, 4), x.transpose(1, 2)), [None, None, [0, 1, 2]]),
+        ((2, 3, 4, 4), lambda x: sdpa(x, x, x), [None, [0, 1, 2], None, None]),
+        ((2, 3, 4, 4), lambda x: sdpa(x, x, x, attn_mask=torch.ones(4, 4)), [None, [0, 1, 2], None, None]),
+        ((2, 3, 4, 4), lambda x: sdpa(x, x, x, attn_mask=x), [None, [0, 1, 2], None, None]),
+        ((2, 8, 4, 4), lambda x: F.pixel_shuffle(x, 2), [None, [0, 4], None, None]),
+        ((2, 2, 4, 4), lambda x: F.pixel_unshuffle(x, 2), [None, [0] * 4 + [1] * 4, None, None]),
+        ((2, 2, 4, 4), lambda x: F.unfold(x, 2), [None, [0] * 4 + [1] * 4, None]),
+        ((2, 6, 4, 4), lambda x: F.channel_shuffle(x, 2), [None, [0, 0, 1, 1, 2, 2], None, None]),
+        ((2, 3, 4, 4), lambda x: F.grid_sample(x, x.new_zeros(2, 5, 5, 2)), [None, [0, 1, 2], None, None]),
         ((2, 3, 4), lambda x: x.view(6, 4), [[0, 1, 2, 0, 1, 2], None]),
         ((1, 3, 4), lambda x: x.view(3, 4), [[0, 1, 2], None]),
         ((1, 3, 4), lambda x: x.view(3, 4).view(1, 3, 1, 4), [None, [0, 1, 2], None, None]),
@@ -74,6 +96,7 @@ def x(*shape: int) -> Tensor:
         ((2, 3, 4), lambda x: x.mean(1).unsqueeze(1).expand(2, 3, 4), [None, None, None]),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Default grid_sample")
 def test_labels_that_pass(shape, function, expected):
     dims, frozen = after(x(*shape), 1, function)
     assert dims == expected
@@ -83,12 +106,14 @@ def test_labels_that_pass(shape, function, expected):
 @pytest.mark.parametrize(
     ("shape", "function"),
     [
-        ((2, 6, 4), lambda x: x.view(2, 2, 3, 4)),
-        ((2, 4, 6), lambda x: x.view(2, 6, 4)),
         ((2, 4, 6), lambda x: x[:, 1:]),
         ((2, 4, 6), lambda x: x[:, 2]),
         ((2, 4, 6), lambda x: x.index_select(1, torch.tensor([0, 1]))),
         ((2, 4, 6), lambda x: x[:, torch.tensor([0, 1])]),
+        ((2, 4, 6), lambda x: x[torch.tensor([0, 1]), torch.tensor([0, 1])]),
+        ((2, 4, 6), lambda x: x[x > 0]),
+        ((2, 4, 6), lambda x: F.rms_norm(x, (4, 6))),
+        ((2, 4, 6), lambda x: x.triu()),
         ((2, 4, 6), lambda x: x.split([1, 3], 1)[0]),
         ((2, 4, 6), lambda x: x.unbind(1)[0]),
         ((2, 4, 6), lambda x: F.pad(x, (0, 0, 1, 1))),
@@ -106,7 +131,12 @@ def test_labels_that_pass(shape, function, expected):
         ((2, 4, 6), lambda x: F.layer_norm(x, (6,)) + F.layer_norm(x, (4, 6))),
         ((2, 4, 6, 6), lambda x: F.local_response_norm(x, 3)),
         ((2, 4, 6), lambda x: F.max_pool1d(x.transpose(1, 2), 2)),
-        ((2, 4, 6), lambda x: torch.bmm(x, torch.ones(2, 6, 3))),
+        ((2, 4, 6), lambda x: torch.bmm(x.transpose(1, 2), torch.ones(2, 4, 3))),
+        ((2, 4, 6), lambda x: torch.baddbmm(torch.ones(2, 4, 3), x, torch.ones(2, 6, 3))),
+        ((2, 4, 6, 6), lambda x: sdpa(x.transpose(1, 3), torch.ones(2, 6, 6, 4), torch.ones(2, 6, 6, 5))),
+        ((2, 4, 6, 6), lambda x: sdpa(torch.ones(2, 6, 6, 6), torch.ones(2, 6, 4, 6), x.transpose(1, 2))),
+        ((2, 4, 6, 6), lambda x: sdpa(x, torch.ones(2, 4, 6, 6), torch.ones(2, 4, 6, 6))),
+        ((2, 4, 6, 6), lambda x: sdpa(x, x, x, attn_mask=torch.ones(4, 6, 6))),
         ((2, 4, 6), lambda x: torch.einsum("nct,cd->ndt", x, torch.ones(4, 3))),
         ((2, 4, 6), lambda x: torch.cdist(x, x)),
         ((2, 1, 6), lambda x: x * torch.ones(2, 4, 6)),
@@ -206,8 +236,11 @@ def test_norms_that_masking_cannot_imitate_need_no_proof(norm):
         (nn.GroupNorm(4, 8, affine=False), 8, False),
         (nn.LocalResponseNorm(3), 8, False),
         (nn.Softmax2d(), 8, False),
-        (nn.ChannelShuffle(2), 8, False),
-        (nn.PixelUnshuffle(2), 32, False),
+        (nn.ChannelShuffle(2), 8, True),
+        (nn.PixelShuffle(2), 2, True),
+        (nn.PixelUnshuffle(2), 32, True),
+        (lambda x: F.rms_norm(x.transpose(1, 3), (8,)).transpose(1, 3), 8, False),
+        (nn.RMSNorm([8, 8, 8]), 8, False),
         (nn.Upsample(scale_factor=2, mode="bilinear"), 8, True),
         (nn.Upsample(scale_factor=2, mode="bicubic"), 8, True),
         (nn.ReflectionPad2d(1), 8, True),
