@@ -101,6 +101,30 @@ def test_a_kind_that_fails_takes_no_other_with_it():
     assert "can't run with fewer" in frozen["b.qkv"]
 
 
+class Blocks(nn.ModuleList):
+    """A layer, and the sum of all blocks after it."""
+
+    def __init__(self) -> None:
+        super().__init__(WidthFromInput() for _ in range(16))
+        self.embed = nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        return sum(self[i](x) for i in range(16))
+
+
+def test_a_kind_that_fails_is_tested_once(monkeypatch):
+    """Sixteen blocks of a kind whose heads can't go: one test says so for all of them."""
+    from taylor_cuda.graph.prove import Proof
+
+    tests = []
+    failure = Proof.failure
+    monkeypatch.setattr(Proof, "failure", lambda proof, chosen: tests.append(len(chosen)) or failure(proof, chosen))
+    groups = tc.trace(Blocks(), torch.randn(2, 5, 12))
+    assert len(groups) == 32
+    assert len(tests) <= 4
+
+
 class Checkpointed(Net):
     """Run once more in the backward pass."""
 
