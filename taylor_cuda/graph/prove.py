@@ -72,6 +72,7 @@ class Proof:
         inputs: ``(args, kwargs)``.
         keep: the units that every test keeps.
         modes: whether to test in train mode, once each.
+        dead: whether some reader was given nothing but zeros: there, cut and masked agree whatever the code is.
     """
 
     model: nn.Module
@@ -82,6 +83,7 @@ class Proof:
     _good: list[ChannelGroup] = field(default_factory=list)
     _bad: dict[str, str] = field(default_factory=dict)
     _bad_kinds: dict[type, str] = field(default_factory=dict)
+    dead: bool = False
     _tests: int = 0
 
     def failure(self, chosen: list[ChannelGroup]) -> Failure | None:
@@ -95,11 +97,8 @@ class Proof:
             if found:
                 return found
         set_mode(self.model, False)
-        return self._failure_to_run(part, {group.name: torch.zeros(1, dtype=torch.int64) for group in chosen})
-
-    def _failure_to_run(self, part: Groups, keep: dict[str, Tensor]) -> Failure | None:
-        """Code whose result comes to nothing may still raise with few channels."""
-        return self._cut(part, keep, tensor_keeps(self.model, part, keep), Observed([], []))
+        # code may ask how many channels there are: min, //, a branch
+        return self._failure_in_mode(part, {group.name: torch.zeros(1, dtype=torch.int64) for group in chosen})
 
     def _cut(self, part: Groups, keep: dict[str, Tensor], keeps: Keeps, cut: Observed) -> Failure | None:
         """Cut, run, restore."""
@@ -123,6 +122,7 @@ class Proof:
         if failure is not None:
             return failure
         masked = observe_masked(self.model, part, keep, self.inputs)
+        self.dead |= any(_is_dead(x) for _, x, _ in masked.inputs)
         found = difference(masked, cut, kept, tolerance(self.model.parameters()))
         if found is None:
             return None
@@ -183,6 +183,10 @@ class Proof:
             self._settle(candidates[middle:], None)
 
 
+def _is_dead(x: Tensor) -> bool:
+    return x.numel() > 0 and not bool(x.any())
+
+
 def _where(error: Exception) -> str:
     """The error's first line and the innermost line of code that is neither torch's nor this package's."""
     text = (str(error).strip().splitlines() or [""])[0]
@@ -199,7 +203,7 @@ def prove(model: nn.Module, groups: Groups, inputs: Inputs, train_too: bool) -> 
         model: a copy of the traced model; its parameters are replaced.
         groups: what the trace found.
         inputs: ``(args, kwargs)``, not changed.
-        train_too: also compare in train mode (some readers run only there).
+        train_too: also compare in train mode, for it does something else.
 
     Returns:
         ``{group name: reason}``; empty where every group holds.
@@ -208,17 +212,25 @@ def prove(model: nn.Module, groups: Groups, inputs: Inputs, train_too: bool) -> 
         return {}
     generator = torch.Generator().manual_seed(0)
     original = [(tensor, tensor.data) for tensor in named_tensors(model).values()]
+    keep = random_keep(groups, generator)
+    modes = (False, True) if train_too else (False,)
     randomise(model, groups, inputs, generator)
-    proof = Proof(model, groups, inputs, random_keep(groups, generator), (False, True) if train_too else (False,))
+    proof = Proof(model, groups, inputs, keep, modes)
     failure = proof.failure(list(groups))
-    if failure is not None and not _finite(model, groups, inputs):
-        for tensor, data in original:
-            tensor.data = data
-        jitter(model, generator)
-        if not _finite(model, groups, inputs):
-            return dict.fromkeys(groups.sizes(), "can't be proved: the outputs of the model are not finite")
-        failure = proof.failure(list(groups))
-    return {} if failure is None else proof.bad(failure)
+    usable = failure is None or _finite(model, groups, inputs)
+    bad = proof.bad(failure) if failure is not None and usable else {}
+    if usable and not proof.dead:
+        return bad
+    # at any values some models give nothing: at values near their own they give what they were made for
+    for tensor, data in original:
+        tensor.data = data
+    jitter(model, generator)
+    if not usable and not _finite(model, groups, inputs):
+        return dict.fromkeys(groups.sizes(), "can't be proved: the outputs of the model are not finite")
+    rest = replace(groups, groups=tuple(group for group in groups if group.name not in bad))
+    again = Proof(model, rest, inputs, keep, modes)
+    failure = again.failure(list(rest)) if rest.groups else None
+    return bad if failure is None else {**bad, **again.bad(failure)}
 
 
 def _finite(model: nn.Module, groups: Groups, inputs: Inputs) -> bool:
