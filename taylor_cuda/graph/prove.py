@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,7 +26,7 @@ from taylor_cuda.graph.observe import (
     tolerance,
 )
 from taylor_cuda.graph.randomise import jitter, randomise
-from taylor_cuda.graph.recorder import set_mode
+from taylor_cuda.graph.recorder import map_tensors, set_mode
 from taylor_cuda.graph.slicing import Keeps, slice_model, tensor_keeps
 
 __all__ = ["prove", "random_keep"]
@@ -124,9 +124,28 @@ class Proof:
         masked = observe_masked(self.model, part, keep, self.inputs)
         self.dead |= any(_is_dead(x) for _, x, _ in masked.inputs)
         found = difference(masked, cut, kept, tolerance(self.model.parameters()))
-        if found is None:
+        if found is None or self._holds_in_double(part, keep, keeps, kept):
             return None
         return Failure(f"cut and masked differ at {found.where}: {found.what}", found.weight)
+
+    def _holds_in_double(self, part: Groups, keep: dict[str, Tensor], keeps: Keeps, kept: Mapping[str, Tensor]) -> bool:
+        """Whether a difference is rounding: a LayerNorm left with two nearly equal channels magnifies it."""
+        tensors = [tensor for tensor in named_tensors(self.model).values() if tensor.is_floating_point()]
+        before = [(tensor, tensor.data) for tensor in tensors]
+        inputs = map_tensors(self.inputs, lambda x: x.double() if x.is_floating_point() else x)
+        wide, cut = replace(self, inputs=inputs), Observed([], [])
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.double()
+            if wide._cut(part, keep, keeps, cut) is not None:
+                return False
+            masked = observe_masked(self.model, part, keep, inputs)
+            return difference(masked, cut, kept, tolerance(self.model.parameters())) is None
+        except Exception:  # code that holds a dtype
+            return False
+        finally:
+            for tensor, data in before:
+                tensor.data = data
 
     def bad(self, first: Failure) -> dict[str, str]:
         """``{group name: reason}`` of groups that fail; all others hold together.

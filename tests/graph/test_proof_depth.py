@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taylor_cuda.errors import InputError
+from taylor_cuda.errors import CutError, InputError
 from taylor_cuda.graph.groups import Groups
+from taylor_cuda.graph.mask import MaskedForward
 from taylor_cuda.graph.tracer import trace
+from taylor_cuda.surgery import cut
 from tests.graph.base import Net, conv
 
 
@@ -65,3 +67,35 @@ def test_a_network_that_is_dead_at_any_values_is_proved_near_its_own():
 def test_outputs_that_are_not_finite_prove_nothing():
     with pytest.raises(InputError, match="not finite"):
         trace(Between(lambda net, x: x / 0.0), torch.randn(2, 3, 4, 4))
+
+
+class NearlyEqual(Net):
+    """A LayerNorm over channels that hardly differ: with two of them left, rounding is magnified a thousand times."""
+
+    def __init__(self) -> None:
+        super().__init__(h=nn.Linear(6, 64), e=nn.Linear(64, 8), n=nn.LayerNorm(8), fc=nn.Linear(8, 3))
+        self.e.weight.data = torch.randn(1, 64) + 1e-3 * torch.randn(8, 64)
+        self.e.bias.data.fill_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.n(self.e(F.relu(self.h(x))))))
+
+
+def test_rounding_that_a_norm_magnifies_is_no_difference():
+    torch.manual_seed(1)
+    for _ in range(4):
+        model, x = NearlyEqual(), torch.randn(40, 6)
+        groups = trace(model, x)
+        cut(model, groups, {"e": torch.tensor([0, 1]), "h": torch.arange(40)})
+        assert model.e.out_features == 2
+        assert groups.verified < 1e-10, "settled in float64"
+
+
+def test_a_difference_that_is_none_of_rounding_stays_one(monkeypatch):
+    torch.manual_seed(1)
+    model, x = NearlyEqual(), torch.randn(40, 6)
+    groups = trace(model, x)
+    monkeypatch.setattr(MaskedForward, "_layer_norm", lambda _self, *args, **kwargs: F.layer_norm(*args, **kwargs))
+    with pytest.raises(CutError, match="cut and masked differ"):
+        cut(model, groups, {"e": torch.tensor([0, 1])})
+    assert model.e.out_features == 8
