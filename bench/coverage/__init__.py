@@ -2,7 +2,8 @@
 
 For every network, with random weights, a batch of two, float32, on the CPU:
 
-* **trace**: seconds of ``tc.trace`` with the proof of every group, after one forward pass to warm up.
+* **trace**: seconds of ``tc.trace`` with the proof of every group, after one forward pass to warm up. Where a busy
+  machine gave the process less than 80 % of that, the seconds of processor too; the promise is about the lesser.
 * **share**: elements of the parameters that some member of an offered group lies in, of all parameters.
 * **MACs**: multiply-accumulates of the network after ``tc.cut`` by a ``tc.plan`` for ``macs=0.6`` with random scores,
   of those before, counted by PyTorch's own counter in real forward passes.

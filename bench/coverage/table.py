@@ -61,7 +61,7 @@ def _our_cells(row: Row) -> list[str]:
     return [
         row["case"],
         row["shape"],
-        _seconds(row["seconds"]),
+        _seconds(row),
         _percent(row["share"]),
         "" if row["macs"] is None else f"{row['macs']:.3f}",
         _error(row["difference"]),
@@ -72,11 +72,15 @@ def _our_cells(row: Row) -> list[str]:
 def _peer_cells(row: Row | None) -> list[str]:
     if row is None:
         return [""] * len(PEER_HEADER)
-    return [row["verdict"], _seconds(row["seconds"]), _percent(row["share"]), _error(row["difference"])]
+    return [row["verdict"], _seconds(row), _percent(row["share"]), _error(row["difference"])]
 
 
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} s"
+def _seconds(row: Row) -> str:
+    wall, cpu = row["seconds"], row.get("cpu_seconds")
+    if wall is None:
+        return ""
+    # a process that waits for nothing but a processor: what is missing, others had
+    return f"{wall:.2f} s" if cpu is None or cpu > 0.8 * wall else f"{wall:.2f} s ({cpu:.2f} s of processor)"
 
 
 def _percent(value: float | None) -> str:

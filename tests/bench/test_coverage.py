@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -22,7 +23,7 @@ from bench.coverage.table import append, markdown
 from bench.environment import environment
 from bench.rows import read_rows
 from bench.suites.networks import images
-from taylor_cuda.graph.groups import named_tensors
+from taylor_cuda.graph.groups import Frozen, named_tensors
 
 BY_NAME = {network.name: network for network in SHORT}
 # parameters that no unit lies in: the biases of the outputs, what attention holds together, what a shuffle does
@@ -139,6 +140,15 @@ def test_masking_that_forgets_a_channel_is_wrong(monkeypatch):
     assert ours.examine(BY_NAME["signal_net"]).verdict == "wrong"
 
 
+def test_cut_and_masked_that_agree_on_something_else_are_wrong(monkeypatch):
+    """Here on doing nothing. What was zeroed by hand is the judge of both."""
+    monkeypatch.setattr(tc, "cut", lambda model, groups, keep, verify=True: groups)
+    monkeypatch.setattr(tc, "masked", lambda model, groups, keep: contextlib.nullcontext())
+    outcome = ours.examine(BY_NAME["signal_net"])
+    assert outcome.verdict == "wrong"
+    assert outcome.difference > 100 * compare.ALLOWED
+
+
 def test_what_raises_is_an_error_with_its_text(monkeypatch):
     def raising(*_arguments):
         raise RuntimeError("no such luck")
@@ -167,10 +177,13 @@ def test_a_budget_out_of_reach_is_said_and_the_groups_are_judged_anyway():
 
 
 def test_reasons_of_blocks_at_one_line_are_one_reason():
-    outcome = ours.examine(BY_NAME["encoder"])
-    reasons = dict(outcome.frozen)
-    assert all("an output of the network" not in reason for reason in reasons)
-    assert len(reasons) == len({reason.rpartition("(")[2] for reason in reasons})
+    model, x = ours.build(own(TinyNet))
+    frozen = [(8, "no rule (f) (blocks.0, net.py:3)"), (9, "no rule (f) (blocks.1, net.py:3)"), (5, ours.OUTPUT)]
+    frozen += [(2, "no rule (f) (blocks.1, net.py:4)"), (20, "a buffer")]
+    groups = dataclasses.replace(tc.trace(model, x), frozen=tuple(Frozen("layer", *one) for one in frozen))
+    outcome = Outcome("own", "own", "", "ours")
+    ours.account(model, groups, outcome)
+    assert outcome.frozen == (("a buffer", 20), ("no rule (f) (net.py:3)", 17), ("no rule (f) (net.py:4)", 2))
 
 
 def test_heads_and_scales_at_constants_become_random():
@@ -333,6 +346,8 @@ def test_the_table_is_written_from_the_newest_rows(tmp_path):
     assert "- unet: 12 channels, no rule for fft (own.py:3)" in text
     assert "- unet: RecursionError: too deep" in text
     assert "99.0" not in text
+    busy = dataclasses.replace(mine, seconds=9.0, cpu_seconds=2.0)
+    assert "| 9.00 s (2.00 s of processor) |" in markdown([busy.row(later)], ["unet"])
     assert "resnet18" not in text
 
 
@@ -357,9 +372,11 @@ def test_the_command_writes_rows_and_table_and_fails_on_a_wrong_row(tmp_path, mo
 
 
 def test_a_slow_trace_falls_short():
-    fast = Outcome("unet", "own", "3x64x64", "ours", "ok", 4.9, 1.0, 0.6, 1e-7)
+    fast = Outcome("unet", "own", "3x64x64", "ours", "ok", 4.9, share=1.0, macs=0.6, difference=1e-7)
     assert shortcomings(fast) == []
     assert "5.1 s" in shortcomings(dataclasses.replace(fast, seconds=5.1))[0]
+    assert shortcomings(dataclasses.replace(fast, seconds=5.1, cpu_seconds=4.9)) == []  # others had the processor
+    assert shortcomings(dataclasses.replace(fast, seconds=5.1, cpu_seconds=9.9))
     assert shortcomings(dataclasses.replace(fast, macs=0.587))
     assert shortcomings(dataclasses.replace(fast, macs=0.601))
 
