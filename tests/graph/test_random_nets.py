@@ -45,9 +45,6 @@ def test_every_line_between_two_convolutions(line):
 
 
 @pytest.mark.parametrize("line", HIDDEN, ids=lambda line: line.code)
-@pytest.mark.xfail(
-    raises=WrongCutError, strict=True, reason="the proof draws one cut and may draw parameters that hide it"
-)
 def test_hidden_numbers_of_channels(line):
     check(program_of(line))
 
