@@ -93,7 +93,7 @@ class Proof:
         keep = {group.name: self.keep[group.name] for group in chosen}
         for training in self.modes:
             set_mode(self.model, training)
-            found = self._failure_in_mode(part, keep)
+            found = self._failure_in_mode(part, keep, look=True)
             if found:
                 return found
         set_mode(self.model, False)
@@ -112,7 +112,8 @@ class Proof:
             done.restore()
         return None
 
-    def _failure_in_mode(self, part: Groups, keep: dict[str, Tensor]) -> Failure | None:
+    def _failure_in_mode(self, part: Groups, keep: dict[str, Tensor], look: bool = False) -> Failure | None:
+        """``look``: whether a reader that is given zeros is a sign (with one channel each, many are)."""
         weights = reader_weights(part)
         keeps = tensor_keeps(self.model, part, keep)
         dims = {member.tensor: member.dim for group in part for member in group.role("read")}
@@ -122,7 +123,8 @@ class Proof:
         if failure is not None:
             return failure
         masked = observe_masked(self.model, part, keep, self.inputs)
-        self.dead |= any(_is_dead(x) for _, x, _ in masked.inputs)
+        if look:
+            self.dead |= any(_is_dead(x) for _, x, _ in masked.inputs)
         found = difference(masked, cut, kept, tolerance(self.model.parameters(), roundings=100))
         if found is None:
             return None
