@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taylor_cuda import ops
 from taylor_cuda.errors import InputError
-from taylor_cuda.graph.sites import ReaderInputs, active_in_forward
+from taylor_cuda.graph.sites import active_in_forward
 from taylor_cuda.importance.norm_term import ReaderAndNormInputs
 
 
@@ -38,10 +38,7 @@ class ReaderSums:
     ) -> None:
         self.passes: list[ForwardPass] = []
         self._per_example = per_example
-        norms = tuple(norms)
-        sites = ReaderInputs(model, weights, self._gate)
-        if norms:
-            sites = ReaderAndNormInputs(model, weights, self._gate, norms, self._term_for)
+        sites = ReaderAndNormInputs(model, weights, self._gate, norms, self._term_for)
         self._handles = [model.register_forward_pre_hook(self._begin), *active_in_forward(model, sites)]
 
     def _begin(self, _module: nn.Module, _args: Any) -> None:

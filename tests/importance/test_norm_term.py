@@ -452,12 +452,40 @@ def test_a_part_that_is_called_on_its_own_is_not_scored() -> None:
         torch.testing.assert_close(score.double(), expected[name], rtol=1e-5, atol=1e-14)
 
 
-def test_no_gradients_no_recording() -> None:
-    model, x, _ = make(Stream)
-    est = tc.Importance(model, tc.trace(model, x), norm_term=True)
+def test_passes_without_gradients_are_not_recorded() -> None:
+    model, x, target = make(Stream)
+    groups = tc.trace(model, x)
+    est = tc.Importance(model, groups, norm_term=True)
     with torch.no_grad():
         model(x)
     assert est._sites.passes == []
+    est.close()
+    est = tc.Importance(model, groups, "taylor_fg")
+    loss = F.cross_entropy(model(x), target)
+    with torch.no_grad():
+        model(x[:2])  # of another batch size than the pass that counts
+    est.backward(loss)
+    assert est.steps == 1
+
+
+def test_activations_are_not_stored_twice() -> None:
+    model, x, target = make(Stream)
+    groups = tc.trace(model, x)
+
+    def stored(norm_term: bool) -> int:
+        kept: dict[int, Tensor] = {}
+        est = tc.Importance(model, groups, source="activations", norm_term=norm_term)
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            F.cross_entropy(model(x), target)
+        est.close()
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    assert stored(norm_term=True) == stored(norm_term=False)
 
 
 def test_pruner() -> None:
