@@ -54,6 +54,7 @@ class Pruner:
         rank: see ``tc.plan``.
         momentum: see ``tc.Importance``.
         seed: see ``tc.Importance``.
+        norm_term: see ``tc.Importance``.
         ema: a module or a dict of tensors that follows every cut.
         verify: compare every cut with the masked model, and undo it if they differ.
 
@@ -81,6 +82,7 @@ class Pruner:
         seed: int = 0,
         ema: Any = None,
         verify: bool = True,
+        norm_term: bool = False,
     ) -> None:
         for name, value in (("every", every), ("steps", steps)):
             if not isinstance(value, int) or value < 1:
@@ -99,7 +101,9 @@ class Pruner:
         self.groups: Groups = trace(model, example_inputs, ignore=ignore)
         anything = {group.name: torch.ones(group.size) for group in self.groups}
         plan(model, self.groups, anything, self.budget, **self._limits)  # raises now if it can't be met later
-        self.importance = Importance(model, self.groups, criterion, source=source, momentum=momentum, seed=seed)
+        self.importance = Importance(
+            model, self.groups, criterion, source=source, momentum=momentum, seed=seed, norm_term=norm_term
+        )
         self.batches = 0
         self.prunes = 0
         self.history: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ from taylor_cuda.errors import InputError
 from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
 from taylor_cuda.importance.activations import ForwardPass, ReaderSums
-from taylor_cuda.importance.criteria import Source, check_source, find_criterion
+from taylor_cuda.importance.criteria import Source, check_norm_term, check_source, find_criterion
 from taylor_cuda.importance.units import Place, UnitSums, split_by_group
 
 
@@ -34,6 +34,8 @@ class Importance:
             ``"auto"`` from parameters where they suffice, group by group.
         momentum: weight of the past in the moving average over prune steps (0.9 in the paper).
         seed: of ``"random"``; a generator of its own, the global one is left alone.
+        norm_term: add to ``"taylor_fo"`` what a cut changes through the statistics of every LayerNorm and RMSNorm
+            inside a group, exactly to first order (``taylor_cuda.importance.norm_term``); from activations.
 
     The importance of coupled channels is the square of their **sum**. Within a window it is the mean over optimizer
     steps of the squares (Molchanov et al. 2019, section 3); ``fold()`` ends a window and averages over windows. Steps
@@ -50,14 +52,19 @@ class Importance:
         source: Source = "auto",
         momentum: float = 0.9,
         seed: int = 0,
+        norm_term: bool = False,
     ) -> None:
         check_model(model, "Importance")
         self.criterion = find_criterion(criterion)
         check_source(source, self.criterion)
+        if norm_term:
+            check_norm_term(source, self.criterion)
+            source = "activations"
         if not 0 <= momentum < 1:
             raise InputError(f"momentum: wanted a number in [0, 1), got {momentum!r}")
         self._model, self._groups = model, groups
         self._source, self._momentum = source, momentum
+        self._norm_term = norm_term
         self._generator = torch.Generator().manual_seed(seed)
         self._sites: ReaderSums | None = None
         self._average: Tensor | None = None
@@ -79,7 +86,8 @@ class Importance:
         self._from_sites = UnitSums(groups, self._site_members, self._length)
         if from_sites and self._sites is None:
             weights = {member.tensor for group in from_sites for member in group.role("read")}
-            self._sites = ReaderSums(self._model, weights, per_example=self.criterion.per_example)
+            norms = {member.tensor for group in from_sites for member in self._norm_members(group)}
+            self._sites = ReaderSums(self._model, weights, per_example=self.criterion.per_example, norms=norms)
 
     def _length(self, tensor: str, dim: int) -> int:
         return self._tensors[tensor].shape[dim]
@@ -97,7 +105,10 @@ class Importance:
         )
 
     def _site_members(self, group: ChannelGroup) -> Sequence[Member]:
-        return group.role("read") if group.name in self._site_groups else ()
+        return (*group.role("read"), *self._norm_members(group)) if group.name in self._site_groups else ()
+
+    def _norm_members(self, group: ChannelGroup) -> Sequence[Member]:
+        return group.role("norm") if self._norm_term else ()
 
     def _parameter_members(self, group: ChannelGroup) -> Sequence[Member]:
         if group.name in self._site_groups:
