@@ -149,8 +149,9 @@ class Pruner:
     def update(self, grad_scale: float = 1.0, unscaled: bool = False) -> None:
         """Instead of ``backward``: take the scores between one's own ``loss.backward()`` and ``optimizer.step()``.
 
-        With a ``GradScaler``: ``update(grad_scale=scaler.get_scale())`` before ``scaler.unscale_(optimizer)``,
-        ``update(unscaled=True)`` after it. Before clipping in either case. See ``tc.Importance.update``.
+        With a ``GradScaler``: ``update(scaler.get_scale())`` before ``scaler.unscale_(optimizer)``,
+        ``update(scaler.get_scale(), unscaled=True)`` after it. Before clipping in either case. See
+        ``tc.Importance.update``.
         """
         if not self.done:
             self.importance.update(grad_scale, unscaled)
@@ -301,6 +302,7 @@ def watch(
     criterion: str = "taylor_fo",
     ignore: Sequence[str] = (),
     source: Source = "auto",
+    scaler: Any = None,
 ) -> Iterator[Watched]:
     """Score every channel while somebody else's training loop runs; nothing else changes.
 
@@ -312,7 +314,7 @@ def watch(
 
     Scores are taken right before each ``step()`` of the first optimizer seen that owns a parameter of the model, from
     the gradients it is about to use: a loop that clips gradients is scored on clipped ones, one that accumulates them
-    on their sum, and a ``GradScaler``'s factor is divided out.
+    on their sum, one with a ``GradScaler`` on unscaled ones.
 
     Args:
         model: the module itself, not a compiled one; or a ``DistributedDataParallel`` around it.
@@ -320,6 +322,8 @@ def watch(
         criterion: see ``tc.Importance``.
         ignore: see ``tc.trace``.
         source: see ``tc.Importance``.
+        scaler: the loop's ``GradScaler``. Only needed where scores come from activations, whose gradients it doesn't
+            unscale.
     """
     replicas = Replicas(model)
     groups = trace(replicas.module, example_inputs, ignore=ignore)
@@ -332,8 +336,10 @@ def watch(
             owner.append(id(optimizer))
         if owner and owner[0] == id(optimizer):
             # a fused optimizer unscales in its own kernel: its GradScaler tells it the factor, and always calls step()
-            scale = getattr(optimizer, "grad_scale", None)
-            importance.update(1.0 if scale is None else float(scale), unscaled=hasattr(optimizer, "found_inf"))
+            carried = getattr(optimizer, "grad_scale", None)
+            factor = carried if scaler is None else scaler.get_scale()
+            scaled = scaler is not None or hasattr(optimizer, "found_inf")
+            importance.update(1.0 if factor is None else float(factor), unscaled=scaled and carried is None)
 
     handle = register_optimizer_step_pre_hook(before_step)
     try:

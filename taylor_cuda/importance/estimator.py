@@ -15,6 +15,7 @@ from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
 from taylor_cuda.importance.activations import ForwardPass, ReaderSums
 from taylor_cuda.importance.criteria import Source, check_source, find_criterion
+from taylor_cuda.importance.examples import mean_magnitude, sum_of_squares
 from taylor_cuda.importance.units import Place, UnitSums, split_by_group
 
 
@@ -145,18 +146,19 @@ class Importance:
     def update(self, grad_scale: float = 1.0, unscaled: bool = False) -> None:
         """Take the scores of one optimizer step from the gradients as they are now.
 
-        With a ``GradScaler`` it says where it stands: ``update(grad_scale=scaler.get_scale())`` before
-        ``scaler.unscale_(optimizer)``, ``update(unscaled=True)`` after it, before clipping in either case. The step is
-        then left out if any gradient of the model overflowed, because the scaler will skip it.
+        With a ``GradScaler`` say where this stands: ``update(scaler.get_scale())`` before
+        ``scaler.unscale_(optimizer)``, ``update(scaler.get_scale(), unscaled=True)`` after it, and before clipping
+        in either case. The step is left out if any gradient of the model overflowed: the scaler will skip it.
 
         Args:
-            grad_scale: factor that the gradients carry.
-            unscaled: there is a ``GradScaler``, and the gradients don't carry its factor any more.
+            grad_scale: factor that the loss was multiplied by.
+            unscaled: parameter gradients don't carry it any more (what was summed from activations always does).
         """
         self.accumulating = False
         if not self.criterion.gradient:
             return
-        values = self._gate_values(grad_scale) if self.criterion.gate else self._other_values(grad_scale)
+        measure = self._gate_values if self.criterion.gate else self._other_values
+        values = measure(1.0 if unscaled else grad_scale, grad_scale)
         finite = values.isfinite().all()
         if unscaled or grad_scale != 1.0:
             finite = finite & self._gradients_are_finite()
@@ -172,32 +174,37 @@ class Importance:
         dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
         return torch.nn.utils.get_total_norm(dense, norm_type=float("inf")).isfinite()
 
-    def _gate_values(self, grad_scale: float) -> Tensor:
-        """(dE/dz)² of every unit: what parameters give plus what the sites give, both signed, then squared."""
+    def _gate_values(self, at_parameters: float, at_sites: float) -> Tensor:
+        """(dE/dz)² of every unit: what parameters give plus what the sites give, both signed, then squared.
+
+        Args:
+            at_parameters: factor that parameter gradients carry.
+            at_sites: factor that the gradients of activations carried.
+        """
         total: Tensor | None = None
         if len(self._site_groups) < len(self._sizes):
-            total = self._from_parameters(self._weight_times_gradient("sum"))
+            total = self._from_parameters(self._weight_times_gradient("sum")) / at_parameters
         if self._sites is not None:
             vectors: dict[Place, Tensor] = {}
             for forward in self._finished_passes():
                 for name, sums in forward.sums.items():
                     place = self._read_place[name]
                     vectors[place] = vectors[place] + sums if place in vectors else sums
-            at_sites = mean(self._from_sites(vectors), self._ranks)
-            total = at_sites if total is None else total + at_sites.to(total)
+            from_sites = mean(self._from_sites(vectors), self._ranks) / at_sites
+            total = from_sites if total is None else total + from_sites.to(total)
         assert total is not None
-        return (total / grad_scale).square()
+        return total.square()
 
-    def _other_values(self, grad_scale: float) -> Tensor:
+    def _other_values(self, at_parameters: float, at_sites: float) -> Tensor:
         if not self.criterion.per_example:
-            return self._from_parameters(self._weight_times_gradient("square")) / grad_scale**2
+            return self._from_parameters(self._weight_times_gradient("square")) / at_parameters**2
         passes = self._finished_passes()
         squared = self.criterion.name == "taylor_fg"
-        measure = _sum_of_squares if squared else _mean_magnitude
+        measure = sum_of_squares if squared else mean_magnitude
         values = mean(torch.cat([measure(group, passes) for group in self._groups]), self._ranks)
         if squared:
             # the loss of all ranks is the mean of theirs, so an example's t is 1 / ranks of what its rank measured
-            return values / (grad_scale**2 * world_size(self._ranks))
+            return values / (at_sites**2 * world_size(self._ranks))
         by_group = split_by_group(values, self._sizes)
         return torch.cat([value / (value.norm() + 1e-8) for value in by_group.values()])
 
@@ -365,33 +372,3 @@ def _scales(group: ChannelGroup) -> tuple[Member, ...]:
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad.detach()
-
-
-def _sum_of_squares(group: ChannelGroup, passes: Sequence[ForwardPass]) -> Tensor:
-    """Σ_n t² of every unit, over all forward passes."""
-    return torch.stack([_examples(group, forward, mean=False).square().sum(0) for forward in passes]).sum(0)
-
-
-def _mean_magnitude(group: ChannelGroup, passes: Sequence[ForwardPass]) -> Tensor:
-    """mean_n |t / L| of every unit, over all forward passes."""
-    return torch.cat([_examples(group, forward, mean=True) for forward in passes]).abs().mean(0)
-
-
-def _examples(group: ChannelGroup, forward: ForwardPass, *, mean: bool) -> Tensor:
-    """t[n, unit] of one forward pass, added up over readers; with ``mean`` each reader's sum is divided by its L."""
-    total: Tensor | None = None
-    for member in group.role("read"):
-        sums = forward.sums.get(member.tensor)
-        if sums is None:
-            continue
-        t = sums[:, member.index.to(sums.device)].sum(dim=2)
-        t = t / forward.length[member.tensor] if mean else t
-        if total is not None and total.shape != t.shape:
-            raise InputError(
-                f"group {group.name!r}: its readers see {total.shape[0]} and {t.shape[0]} examples in one forward "
-                "pass; per-example criteria need one batch size, use criterion='taylor_fo'"
-            )
-        total = t if total is None else total + t
-    if total is None:
-        raise InputError(f"group {group.name!r}: none of its readers ran in the last forward pass")
-    return total

@@ -135,12 +135,13 @@ class Loop:
                 (loss if scaler is None else scaler.scale(loss)).backward()
             else:
                 pruner.backward(loss, outputs, scaler=scaler, accumulate=i + 1 < len(chunks))
+        scale = scaler.get_scale() if scaler else 1.0
         if pruner is not None and parts.update == "before":
-            pruner.update(grad_scale=scaler.get_scale() if scaler else 1.0)
+            pruner.update(scale)
         if scaler is not None and (parts.clip or parts.update == "after"):
             scaler.unscale_(self.optimizer)
         if pruner is not None and parts.update == "after":
-            pruner.update(unscaled=True)
+            pruner.update(scale, unscaled=True)
         if parts.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), parts.clip)
         self._finish()
