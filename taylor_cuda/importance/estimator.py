@@ -202,9 +202,11 @@ class Importance:
         squared = self.criterion.name == "taylor_fg"
         measure = sum_of_squares if squared else mean_magnitude
         values = mean(torch.cat([measure(group, passes) for group in self._groups]), self._ranks)
+        # The loss of all ranks is the mean of theirs: an example's t is 1 / ranks of what its rank measured, which for
+        # sums of squares leaves one such factor beside the mean, and for means of magnitudes gives one.
+        values = values / world_size(self._ranks)
         if squared:
-            # the loss of all ranks is the mean of theirs, so an example's t is 1 / ranks of what its rank measured
-            return values / (at_sites**2 * world_size(self._ranks))
+            return values / at_sites**2
         by_group = split_by_group(values, self._sizes)
         return torch.cat([value / (value.norm() + 1e-8) for value in by_group.values()])
 

@@ -109,7 +109,7 @@ def test_scores_from_activations_are_never_silently_missing(
 ) -> None:
     """They are those of the model uncompiled, or the step raises."""
     options = {"criterion": criterion, "source": "activations"}
-    expected, _ = trained(lambda loop: loop.model, 2, **options)
+    expected, _ = trained(lambda loop: loop.model, 2, after=after, **options)
     try:
         loop, _ = trained(lambda loop: how(loop, backend), 2, after=after, **options)
     except (tc.InputError, torch._dynamo.exc.BackendCompilerFailed):
