@@ -253,7 +253,7 @@ class Pruner:
                 "the pruner as in the first run before loading"
             )
         self._cut(state["kept"], verify=False)
-        self.batches, self.prunes, self._skipped = state["batches"], state["prunes"], state["skipped"]
+        self.batches, self.prunes, self._skipped = state["batches"], state["prunes"], state.get("skipped", 0)
         self.history = [dict(entry) for entry in state["history"]]
         self.importance.load_state_dict(state["importance"])
         self._close_if_done()

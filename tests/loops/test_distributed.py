@@ -34,11 +34,11 @@ def everywhere(value: Tensor) -> list[Tensor]:
 
 
 def check_same(model: torch.nn.Module, what: str) -> None:
-    for name, p in model.named_parameters():
-        mine, other = everywhere(torch.tensor(p.shape))
-        assert torch.equal(mine, other), f"{what}: shape of {name}"
-        mine, other = everywhere(p.detach())
-        assert torch.equal(mine, other), f"{what}: {name}"
+    """Shapes and values, bit for bit, in one exchange."""
+    shapes, values = [torch.tensor(p.shape) for p in model.parameters()], [p.detach() for p in model.parameters()]
+    for pieces in (shapes, values):
+        mine, other = everywhere(torch.cat([piece.flatten() for piece in pieces]))
+        assert torch.equal(mine, other), what
 
 
 def halves(rank: int, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
