@@ -132,7 +132,8 @@ class Replicas:
             return
         options = _options(wrapper)
         communication, training = list(wrapper._comm_hooks), wrapper.training
-        hooks = {name: value for name, value in vars(wrapper).items() if name.endswith("_hooks") and "forward" in name}
+        kinds = ("_forward", "_backward")
+        hooks = {name: value for name, value in vars(wrapper).items() if name.startswith(kinds) and "_hooks" in name}
         flags = {module: module.training for module in self.module.modules()}
         # no first broadcast: the ranks have just agreed, and their buffers may be meant to differ
         DistributedDataParallel.__init__(wrapper, self.module, init_sync=False, **options)

@@ -52,7 +52,7 @@ def stays_one_model(rank: int, **options: Any) -> None:
     wrapper = Wrapper(model, gradient_as_bucket_view=True, bucket_cap_mb=1)
     calls: list[int] = []
     wrapper.register_comm_hook(calls, counted_average)
-    wrapper.register_forward_hook(lambda *_: calls.append(0))
+    wrapper.register_forward_hook(lambda _module, _args, _kwargs, _outputs: calls.append(0), with_kwargs=True)
     optimizer, average = SGD(model.parameters(), lr=0.05, momentum=0.9), DictAverage(model)
     pruner = tc.Pruner(wrapper, EXAMPLE, optimizer, every=4, steps=2, ema=average.values, **OPTIONS, **options)
     assert pruner.model is model
