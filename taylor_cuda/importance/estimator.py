@@ -138,9 +138,13 @@ class Importance:
         del outputs
         (loss if scaler is None else scaler.scale(loss)).backward()
         self.accumulating = accumulate
-        if not accumulate:
-            scale = 1.0 if scaler is None else scaler.get_scale()
-            self.update(scale, unscaled=scaler is not None and scale == 1.0)
+        if accumulate:
+            return
+        if scaler is None:
+            self.update()
+            return
+        scale = scaler.get_scale()
+        self.update(scale, unscaled=scale == 1.0)
 
     @torch.no_grad()
     def update(self, grad_scale: float = 1.0, unscaled: bool = False) -> None:
