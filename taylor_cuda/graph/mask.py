@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from taylor_cuda.graph.groups import Groups, Role, check_keep, named_tensors
 from taylor_cuda.graph.sites import RMS_NORMS, ReaderInputs, active_in_forward
@@ -98,9 +99,12 @@ def masked(model: nn.Module, groups: Groups, plan: Any) -> Iterator[None]:
     """
     keep: Mapping[str, Tensor] = getattr(plan, "keep", plan)
     check_keep(groups, dict(keep))
-    handles = active_in_forward(model, MaskedForward(model, groups, keep))
+    masks = MaskedForward(model, groups, keep)
+    mode: TorchFunctionMode = masks
+    handles = active_in_forward(model, masks)
     try:
-        yield
+        with mode:  # here, not in the hooks: what was compiled around the model looks at modes, but not at hooks
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -30,11 +30,11 @@ def convolution(flow: Flow, op: Op) -> None:
     dims = flow.of(x)
     flow.freeze([dims[0], *dims[2:]], "a convolution over channels")
     space = x if transposed else op.out
-    flow.call(weight, "convolution", space.shape[0] * prod(space.shape[2:]))
+    computed = None if _is_parameter(flow, weight) or transposed else flow.of(weight)[0]
+    flow.call(weight, "convolution", space.shape[0] * prod(space.shape[2:]), along=computed)
     if not _is_parameter(flow, weight):
         flow.freeze([dims[1]], _COMPUTED)
-        flow.computed(weight, op.out.shape[1], _COMPUTED)
-        written = None
+        written = _written_by_computed(flow, weight, 0 if groups == 1 and not transposed else None, op.out.shape[1])
     elif groups == 1:
         reads, writes = (0, 1) if transposed else (1, 0)
         flow.read(dims[1], weight, reads)
@@ -45,6 +45,30 @@ def convolution(flow: Flow, op: Op) -> None:
     if bias is not None:
         flow.equal(flow.of(bias)[0], written, "the bias of a layer whose outputs stay")
     flow.put(op.out, [None, written, *[None] * (op.out.dim() - 2)])
+
+
+def _written_by_computed(flow: Flow, weight: Tensor, dim: int | None, width: int) -> Array | None:
+    """What a layer writes whose weight was computed from parameters: channels where their rows still are rows."""
+    labels = None if dim is None else flow.of(weight)[dim]
+    if labels is None:
+        flow.computed(weight, width, _COMPUTED)
+        return None
+    flow.freeze([other for at, other in enumerate(flow.of(weight)) if at != dim], _COMPUTED)
+    return flow.clear(labels)
+
+
+@rule("_weight_norm_interface")
+def weight_norm(flow: Flow, op: Op) -> None:
+    """g·v / |v|, a row at a time: rows can go, what a row sums over stays."""
+    v, g = op.args[:2]
+    dims = flow.of(v)
+    if int(op.arg(2, "dim", 0)) != 0 or not _is_parameter(flow, v):
+        flow.freeze_tensors([v, g], _COMPUTED)
+        return
+    flow.role(flow.source(v), 0, "write")
+    flow.equal(dims[0], flow.of(g)[0], "the norms of rows that stay")
+    flow.freeze(dims[1:], "normalised over")
+    flow.put(op.out[0], [dims[0], *[None] * (v.dim() - 1)])
 
 
 def _grouped(flow: Flow, labels: Array | None, weight: Tensor, groups: int, width: int) -> Array | None:
@@ -81,10 +105,12 @@ def _product(flow: Flow, op: Op, a: Tensor, b: Tensor, bias: Tensor | None, out:
         flow.read(b_dims[0], a, 1)
         flow.role(left, 0, "write")
     else:
-        flow.call(None, op.name, a.shape[0] * a.shape[1] * b.shape[1])
-        dims = flow.free(a_dims, text if left is None else _COMPUTED)
-        if b_dims != [None, None]:
-            flow.computed(b, out.shape[1], _COMPUTED)
+        flow.freeze(a_dims, text if left is None else _COMPUTED)
+        columns = b_dims[1] if left is None and right is None else None
+        flow.call(None, op.name, a.shape[0] * a.shape[1] * b.shape[1], along=columns)
+        dims = [None, None]
+        if any(labels is not None for labels in b_dims):
+            dims[1] = _written_by_computed(flow, b, 1 if columns is not None else None, out.shape[1])
     if bias is not None:
         if bias.dim() == 2 and bias.shape[0] > 1:
             flow.equal(flow.of(bias)[0], dims[0], "the bias of a product")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from taylor_cuda.graph.groups import named_tensors
@@ -69,20 +69,21 @@ class ReaderInputs(TorchFunctionMode):
 def active_in_forward(model: nn.Module, mode: ReaderInputs) -> list[RemovableHandle]:
     """Make ``mode`` active during every forward pass of ``model`` and nowhere else. Remove the handles to end that.
 
-    Activation checkpointing runs parts of the model once more in the backward pass, perhaps in another thread: there
-    the layers whose weights the mode looks for enter it themselves.
+    Activation checkpointing runs parts of the model once more in the backward pass, where no mode of the forward pass
+    is active and perhaps in another thread: there the layers whose weights the mode looks for enter it themselves.
     """
-    depth = threading.local()
+    entered = threading.local()
     function_mode: TorchFunctionMode = mode
 
     def enter(_module: nn.Module, _args: Any) -> None:
-        depth.value = getattr(depth, "value", 0) + 1
-        if depth.value == 1:
+        fresh = not any(active is mode for active in _get_current_function_mode_stack())
+        entered.fresh = [*getattr(entered, "fresh", []), fresh]
+        if fresh:
             function_mode.__enter__()
 
     def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        depth.value -= 1
-        if depth.value == 0:
+        *entered.fresh, fresh = entered.fresh
+        if fresh:
             function_mode.__exit__(None, None, None)
 
     wanted = mode.weights()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, Role, named_tensors
 
@@ -162,7 +163,9 @@ def layer_sizes(module: nn.Module) -> dict[str, Any]:
 
     ``module``'s own attributes must still be those of before (a convolution's channels per group are read from them).
     """
-    weight = module._parameters.get("weight")
+    weight: Tensor | None = module._parameters.get("weight", module._parameters.get("weight_v"))
+    if weight is None and is_parametrized(module, "weight"):
+        weight = cast(Tensor, module.weight)
     if isinstance(module, _NormBase):
         stat = weight if weight is not None else module._buffers.get("running_mean")
         return {} if stat is None else {"num_features": stat.shape[0]}

@@ -65,6 +65,12 @@ def find_runs(root: Array, place_of: Array, candidate: Bools) -> Runs:
     return Runs(nodes, run_root, places[starts], count, first)
 
 
+def layer_of(tensor: str) -> str:
+    """The name of the module that owns a parameter, or of the one whose weight it is made for."""
+    layer, parametrized, _ = tensor.partition(".parametrizations.")
+    return layer if parametrized else layer.rpartition(".")[0] or tensor
+
+
 class Units:
     """The classes of one model's nodes and what is known of each."""
 
@@ -166,7 +172,7 @@ class Units:
         named = []
         for members in groups:
             writer = next(member.tensor for member in members if member.role == "write")
-            name = writer.rpartition(".")[0] or writer
+            name = layer_of(writer)
             seen[name] = seen.get(name, 0) + 1
             full = name if seen[name] == 1 else f"{name}#{seen[name]}"
             size = members[0].index.shape[0]
@@ -184,7 +190,7 @@ class Units:
             mine = root[self.nodes(place)]
             fresh = mine[~seen[mine]]
             seen[mine] = True
-            name = place.tensor.rpartition(".")[0] or place.tensor
+            name = layer_of(place.tensor)
             stuck = fresh[event[fresh] != NEVER]
             reasons = [(str(self.classes.reasons[at]), size) for at, size in _counts(event[stuck])]
             reasons += [(_LEFT[at], size) for at, size in _counts(left[fresh]) if at]

@@ -165,6 +165,10 @@ GROUPS: dict[str, dict[str, tuple[int, str]]] = {
         "b": (7, "b.weight:0w b.bias:0o fc.weight:1r"),
     },
     "parametrized": {
+        "w": (
+            6,
+            "w.bias:0o w.parametrizations.weight.original0:0o w.parametrizations.weight.original1:0w b.weight:1r",
+        ),
         "b": (5, "b.weight:0w b.bias:0o c.weight:1r"),
         "c": (4, "c.weight:0w c.bias:0o fc.weight:1r"),
     },
@@ -232,7 +236,6 @@ FROZEN: dict[str, dict[str, tuple[int, str]]] = {
     },
     "parametrized": {
         "a": (8, "a layer whose weight is no plain parameter of the model"),
-        "w": (6, "a layer whose weight is no plain parameter of the model"),
     },
     "unknown": {
         "a": (8, "softmax over channels"),
