@@ -46,6 +46,13 @@ class _Layout:
         rest = " ".join(lines[most - 1 :])
         return [*lines[: most - 1], rest[: max(columns - 1, 19)] + "…"]
 
+    def placed(self, text: str, place: str, columns: int) -> list[str]:
+        """``text (place)``; what doesn't fit in a line is cut off from the text, where there is room for both."""
+        after = f" ({place})" if place else ""
+        if self.full or len(after) > columns // 2:
+            return self.fit(text + after, columns)
+        return [self.fit(text, columns - len(after))[0] + after]
+
     def item(self, text: str, indent: int = 2, most: int = 1) -> list[str]:
         """``text`` with everything but its first line indented."""
         first, *rest = self.fit(text, self.columns - indent, most)
@@ -124,7 +131,7 @@ def _frozen(frozen: Sequence[dict[str, Any]], lay: _Layout) -> str:
     result = [f"{lines[0]}  why", f"{lines[1]}  ---"]
     for line, entry in zip(lines[2:], frozen, strict=True):
         place = ", ".join(part for part in (entry["module"], entry["line"]) if part)
-        first, *rest = lay.fit(entry["reason"] + (f" ({place})" if place else ""), lay.columns - used)
+        first, *rest = lay.placed(entry["reason"], place, lay.columns - used)
         result += [f"{line}  {first}", *(" " * used + part for part in rest)]
     return "\n".join(result)
 

@@ -359,6 +359,7 @@ def test_lines_fit_the_terminal_unless_all_is_asked_for(columns):
     assert max(map(len, lines)) <= columns
     assert any(line.endswith("…") for line in lines)
     assert any(line.startswith("    read by") and line.endswith(" more") for line in lines)
+    assert any("can't run" in line and line.endswith("… (q, nets.py:7)") for line in lines)
     full = unwrapped(found)
     assert f"{reason} (q, nets.py:7)" in full
     assert f"{module}.8" in full
