@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_cuda.graph.recorder import copied, copy_model, set_mode, undisturbed
@@ -33,28 +32,19 @@ class Usage:
 
 
 class _Meeting(TorchDispatchMode):
-    """Notes the parameters that ops take; a parameter's ``.data`` is known by its memory."""
+    """Notes the parameters that ops take."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.met: set[str] = set()
         self._name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._name_at = {p.data_ptr(): name for name, p in model.named_parameters() if _has_memory(p)}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for tensor in tensors_in(args, kwargs or {}):
-            name = self._name_of.get(id(tensor))
-            if name is None and _has_memory(tensor):
-                name = self._name_at.get(tensor.data_ptr())
-            if name is not None:
-                self.met.add(name)
+        ids = {id(tensor) for tensor in tensors_in(args, kwargs or {})}
+        self.met.update(self._name_of[one] for one in ids & self._name_of.keys())
         return func(*args, **(kwargs or {}))
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.numel() > 0
 
 
 def observe_usage(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Usage:

@@ -117,6 +117,7 @@ def test_json_holds_what_its_description_promises(capsys, nets):
         {"tensor": "second.weight", "dim": 1, "role": "read", "width": 1},
     ]
     floors = {"min_keep": 1, "max_ratio": 1.0, "round_to": 1}
+    assert found["groups"][0]["others"] == []  # a writer's bias is no other layer
     assert found["best_case"].keys() == {"macs", "params", "channels", "budget", *floors}
     assert floors.items() <= found["best_case"].items()
     assert found["traps"].keys() == {"frozen_parameters", "shared", "odd_groups", "unused", "train_only"}
@@ -212,9 +213,21 @@ def test_best_case_follows_the_floors_given(capsys):
 # -- traps ----------------------------------------------------------------------------------------------------------
 
 
+class ScaledHeads(Net):
+    """Heads that meet in no product: each is multiplied with a number of its own."""
+
+    def __init__(self):
+        super().__init__(a=nn.Linear(6, 12), b=nn.Linear(12, 2))
+        self.num_heads, self.scale = 4, nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, x):
+        return self.b((self.a(x).view(*x.shape[:2], self.num_heads, 3) * self.scale).flatten(2))
+
+
 @pytest.mark.parametrize(
     ("make", "inputs", "expected"),
     [
+        (ScaledHeads, tokens, ("head", 3)),
         (Grouped, image, ("convolution group", 3)),
         (GroupNormed, image, ("norm group", 3)),
         (OpenHeads, tokens, ("head", 12)),
@@ -246,6 +259,30 @@ def test_parameters_that_are_not_trained():
     model.fc.bias.requires_grad_(False)  # of an output of the network, which is in no group
     traps = facts(model, image())["traps"]
     assert traps["frozen_parameters"] == [{"parameter": "bn.weight", "groups": ["a"]}]
+
+
+class Drawing(ConvBN):
+    """Draws from torch's generator, and counts its calls in a buffer and in its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        x += torch.rand(1)
+        return super().forward(x)
+
+
+def test_a_model_is_left_as_it_was():
+    model = Drawing()
+    groups = tc.trace(model, image())
+    state, tensors = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+    examine(model, groups)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+    assert torch.equal(groups.example_inputs[0][0], image())
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
 
 
 class TiedWords(Net):
