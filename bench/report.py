@@ -9,8 +9,8 @@ from bench.rows import IDENTITY, Row, newest_rows
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Tables of the newest rows: our median, its share of the run's copy rate, and the ratio of each peer's to it."""
-    newest = [row for row in newest_rows(rows) if not row.get("quick")]
+    """Tables of the newest timings: our median, its share of the run's copy rate, and each peer's ratio to it."""
+    newest = [row for row in newest_rows(rows) if "median_us" in row and not row.get("quick")]
     tables: dict[tuple[str, str], list[Row]] = {}
     for row in newest:
         tables.setdefault((row["device_name"], row["suite"]), []).append(row)

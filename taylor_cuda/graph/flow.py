@@ -109,6 +109,7 @@ class Flow:
         calls: what costs MACs, each with the labels along which it does where these are no weight's; the caller takes
             them after each forward pass.
         asked: the shape that the view being made was asked for, with its -1; empty outside of one.
+        steps: what was done, op by op; the caller takes it after each forward pass.
         paused: no op has a rule now, for a function that they are part of has one.
         counted: attributes of modules that hold the number of units.
         outside: layers whose weight is computed.
@@ -126,6 +127,7 @@ class Flow:
         self.affine: dict[str, str] = {}
         self.calls: list[tuple[Call, Array | None]] = []
         self.asked: tuple[int, ...] = ()
+        self.steps: list[tuple[Any, ...]] = []
         self.paused = False
         self.counted: list[Counted] = []
         self._modules = dict(model.named_modules())

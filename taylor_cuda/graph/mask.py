@@ -59,10 +59,9 @@ class MaskedForward(ReaderInputs):
         mask = self._norm.get(id(weight))
         if mask is None:
             return cast(Tensor, func(input, normalized_shape, weight, eps))
-        x = torch.where(mask, input, input.new_zeros(()))
-        square = x.square().sum(-1, keepdim=True) / mask.sum()
-        y = x * torch.rsqrt(square + (torch.finfo(x.dtype).eps if eps is None else eps))
-        return y if weight is None else y * weight
+        kept = mask.nonzero().flatten()
+        y = func(input.index_select(-1, kept), [kept.numel()], None if weight is None else weight[kept], eps)
+        return torch.zeros(input.shape, dtype=y.dtype, device=y.device).index_copy(-1, kept, y)
 
     def _layer_norm(
         self,

@@ -50,16 +50,17 @@ def reader_weights(groups: Groups | Iterable[ChannelGroup]) -> list[str]:
     return list(dict.fromkeys(member.tensor for group in groups for member in group.role("read")))
 
 
-def tolerance(tensors: Iterable[Tensor]) -> float:
+def tolerance(tensors: Iterable[Tensor], roundings: float = 1e3) -> float:
     """The difference, relative to a tensor's greatest value, that rounding alone may cause between cut and masked.
 
-    Sums of thousands of terms in another order, through a hundred layers: a thousand roundings (in fp32 6e-6 was seen).
+    Sums of thousands of terms in another order, through a hundred layers: a thousand roundings are ample, and a hundred
+    are more than usual (in fp32 6e-6 was seen).
     """
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     eps = max((torch.finfo(tensor.dtype).eps for tensor in floats), default=1e-7)
     if floats and rounds_products(floats[0].device):
         eps = max(eps, 2e-5)
-    return min(1e3 * eps, 0.1)
+    return min(roundings * eps, 0.1)
 
 
 def rounds_products(device: torch.device) -> bool:

@@ -61,14 +61,17 @@ def randomise(model: nn.Module, groups: Groups, inputs: Inputs, generator: torch
         if name in weights:
             tensor.data = values.mul_((2.0 / _fan_in(tensor, name in flipped)) ** 0.5)
         elif name in norms:
-            tensor.data = values * 0.2 + (1.0 if last in ("weight", "running_var") else 0.0)
+            scales = last in ("weight", "running_var") or float(tensor.detach().mean()) > 0.5
+            tensor.data = values * 0.2 + (1.0 if scales else 0.0)
             if last == "running_var":
                 tensor.data = tensor.data.abs() + 0.1
         elif last == "bias":
             tensor.data = values * 0.1
-        elif float(tensor.detach().abs().max()) < 0.1 or name in members:
+        elif float(tensor.detach().abs().max()) < 0.1:
             # layer scales near zero, positions, heads at zero: of order one, away from zero
             tensor.data = (values * 0.2 + 1.0).abs() + 0.1
+        elif name in members:
+            tensor.data = tensor.data * (1 + 0.2 * values)
     _recalibrate(model, inputs, noise)
 
 

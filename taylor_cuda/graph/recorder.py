@@ -75,6 +75,7 @@ class Dispatched(TorchDispatchMode):
                 return parts
         out = func(*args, **kwargs) if found in (created, created_like) else self._run(func, args, kwargs)
         op = Op(known, args, kwargs, out)
+        self._flow.steps.append(_step(op))
         if found is None:
             self._unknown(func, op, f"no rule for {namespace or 'op'}.{name}")
             return out
@@ -103,6 +104,12 @@ class Dispatched(TorchDispatchMode):
         packet = getattr(func, "overloadpacket", None)
         if packet in flop_registry:
             flow.call(None, op.name, flop_registry[packet](*op.args, **op.kwargs, out_val=op.out) // 2)
+
+
+def _step(op: Op) -> tuple[Any, ...]:
+    """What tells one op of a forward pass from another: its name, the shape of its result, the numbers it was given."""
+    numbers = [value for value in op.args if not any(True for _ in tensors_in(value))]
+    return op.name, tuple(tuple(tensor.shape) for tensor in tensors_in(op.out)), repr(numbers)
 
 
 class Called(TorchFunctionMode):
@@ -207,10 +214,13 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
-    """Train or eval mode; batch normalisations stay in eval mode, which needs no batch and gives them the same rule."""
+    """Train or eval mode; batch normalisations stay in eval mode, which needs no batch and gives them the same rule.
+
+    So do layers that draw a number for every element, which would draw others for another number of channels.
+    """
     model.train(training)
     for module in model.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, (_BatchNorm, nn.RReLU)):
             module.eval()
 
 

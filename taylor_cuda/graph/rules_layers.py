@@ -138,21 +138,21 @@ def batch_norm(flow: Flow, op: Op) -> None:
 
 @rule("native_layer_norm")
 def layer_norm(flow: Flow, op: Op) -> None:
-    """Over exactly the last dimension, with weight and bias: its statistics are taken over what is kept."""
+    """Over exactly the last dimension, with a weight: its statistics are taken over what is kept."""
     shape, weight, bias = op.args[1:4]
     dims = flow.of(op.x)
     out = op.out[0]
     rest = [flow.clear(labels) for labels in dims[:-1]]
-    affine = flow.parameter(weight) is not None and flow.parameter(bias) is not None
-    if len(shape) == 1 and affine:
+    vectors = [vector for vector in (weight, bias) if vector is not None]
+    if len(shape) == 1 and flow.parameter(weight) is not None and (bias is None or flow.parameter(bias) is not None):
         text = "a normalisation of channels that stay"
-        for vector in (weight, bias):
+        for vector in vectors:
             flow.role(flow.source(vector), 0, "norm")
             flow.equal(flow.of(vector)[0], dims[-1], text)
-        flow.put(out, [*rest, flow.start(dims[-1], weight, bias)])
+        flow.put(out, [*rest, flow.clear(dims[-1]) if bias is None else flow.start(dims[-1], weight, bias)])
         return
-    text = "a layer normalisation without weight and bias, or over several dimensions"
-    flow.freeze_tensors([vector for vector in (weight, bias) if vector is not None], text)
+    text = "a layer normalisation without weight, or over several dimensions"
+    flow.freeze_tensors(vectors, text)
     kept = len(dims) - len(shape)
     flow.put(out, [*rest[:kept], *flow.free(dims[kept:], text)])
 

@@ -138,7 +138,7 @@ def vector_norm(flow: Flow, op: Op) -> None:
     _reduce(flow, op, op.dims(2, "dim", op.x.dim()), bool(op.arg(3, "keepdim", False)), linear=False)
 
 
-@rule("_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "topk", "flip", "roll")
+@rule("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "topk", "flip", "roll")
 def along(flow: Flow, op: Op) -> None:
     """Mixes or moves indices along some dimensions, each of which stays."""
     position = 2 if op.name in ("roll", "topk") else 1

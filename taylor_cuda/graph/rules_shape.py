@@ -13,6 +13,9 @@ from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.labels import FREE, Array, Dims
 from taylor_cuda.graph.rules import Op, rule, tensors_in
 
+MOST_LABELS = 1 << 26
+"""Indices of one dimension whose labels are kept apart: half a GiB of them."""
+
 
 def _permuted(flow: Flow, op: Op, order: list[int]) -> None:
     dims = flow.of(op.x)
@@ -83,6 +86,9 @@ def _reshape_block(flow: Flow, dims: Dims, old: list[int], new: list[int], asked
         return dims
     if len(labelled) > 1:
         flow.freeze(dims, "two dimensions of channels merged by a view")
+        return [None] * len(new)
+    if prod(old) > MOST_LABELS:
+        flow.freeze(dims, "a view that merges more indices than can be followed")
         return [None] * len(new)
     at = labelled[0]
     labels = dims[at]

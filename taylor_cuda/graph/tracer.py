@@ -53,7 +53,7 @@ def trace(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = (), pro
     twin = _copy(model)
     with undisturbed(model):
         flow = Flow(twin)
-        calls, train_calls, notes = _record_both(twin, flow, inputs, stay)
+        calls, modes_differ, notes = _record_both(twin, flow, inputs, stay)
         units = Units(flow, flow.labels.solve())
         found, left = units.groups()
         uses = tuple(units.along(found, call, labels) for call, labels in calls)
@@ -69,8 +69,7 @@ def trace(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = (), pro
             notes=notes,
         )
         if prove:
-            only_in_train = {call.weight for call, _ in train_calls} - {call.weight for call, _ in calls}
-            _without(groups, prove_groups(twin, groups, inputs, bool(only_in_train)))
+            _without(groups, prove_groups(twin, groups, inputs, modes_differ))
     if not groups.groups:
         raise InputError(f"model: nothing to prune. {_summary(groups.frozen)}")
     return groups
@@ -109,8 +108,8 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _record_both(
     twin: nn.Module, flow: Flow, inputs: Inputs, stay: dict[str, str]
-) -> tuple[list[Use], list[Use], list[str]]:
-    """Trace eval mode, then train mode; the calls of each, and notes."""
+) -> tuple[list[Use], bool, list[str]]:
+    """Trace eval mode, then train mode: the calls of eval mode, whether train mode does anything else, and notes."""
     notes: list[str] = []
     try:
         set_mode(twin, False)
@@ -120,17 +119,18 @@ def _record_both(
             f"example_inputs: the model's forward pass raises with them: {type(error).__name__}: {error}"
         ) from error
     calls, flow.calls = flow.calls, []
+    steps, flow.steps = flow.steps, []
     try:
         set_mode(twin, True)
         record(twin, flow, inputs, set(stay))
     except Exception as error:
-        flow.calls = []
+        flow.steps = steps
         notes.append(f"in train mode the forward pass raises {type(error).__name__}: {error}; only eval mode is proved")
     freeze_unreached(flow)
     for pattern in sorted(set(stay.values())):
         if not any(name in flow.ran for name, given in stay.items() if given == pattern):
             raise InputError(f"ignore: the forward pass calls no module that {pattern!r} matches; name their layers")
-    return calls, flow.calls, [*notes, *flow.notes]
+    return calls, flow.steps != steps, [*notes, *flow.notes]
 
 
 def _without(groups: Groups, bad: dict[str, str]) -> None:

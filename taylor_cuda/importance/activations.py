@@ -1,4 +1,4 @@
-"""Activation × gradient sums at the inputs of readers, collected while the user's own backward pass runs."""
+"""Sums at the inputs of readers and at normalisations, collected while the user's own backward pass runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from taylor_cuda import ops
 from taylor_cuda.errors import InputError
-from taylor_cuda.graph.sites import ReaderInputs, active_in_forward
+from taylor_cuda.graph.sites import active_in_forward
+from taylor_cuda.importance.norm_term import ReaderAndNormInputs
 
 
 @dataclass
 class ForwardPass:
-    """What one forward pass left: per reader the sums and the positions of space (or tokens) they run over."""
+    """What one forward pass left: sums by weight, and per reader the positions of space (or tokens) they run over."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     length: dict[str, int] = field(default_factory=dict)
@@ -29,22 +30,23 @@ class ReaderSums:
         model: the traced module.
         weights: names of the readers' weights.
         per_example: keep Σ_l a·g for each example, ``[N, C]``, instead of the sum over the batch, ``[C]``.
+        norms: names of parameters of normalisations whose norm term (``norm_term``) is summed beside them, ``[C]``.
     """
 
-    def __init__(self, model: nn.Module, weights: Iterable[str], *, per_example: bool) -> None:
+    def __init__(
+        self, model: nn.Module, weights: Iterable[str], *, per_example: bool, norms: Iterable[str] = ()
+    ) -> None:
         self.passes: list[ForwardPass] = []
         self._per_example = per_example
-        self._handles = [
-            model.register_forward_pre_hook(self._begin),
-            *active_in_forward(model, ReaderInputs(model, weights, self._gate)),
-        ]
+        sites = ReaderAndNormInputs(model, weights, self._gate, norms, self._term_for)
+        self._handles = [model.register_forward_pre_hook(self._begin), *active_in_forward(model, sites)]
 
     def _begin(self, _module: nn.Module, _args: Any) -> None:
         if torch.is_grad_enabled():
             self.passes.append(ForwardPass())
 
     def _gate(self, name: str, x: Tensor, dim: int) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not self._recording():
             return x
         if not x.requires_grad:
             # Everything before this reader is frozen: the graph has to begin here, or the gate gets no gradient.
@@ -68,6 +70,19 @@ class ReaderSums:
             sums = current.sums[name] = torch.zeros(shape, dtype=dtype, device=x.device)
             current.length[name] = x[0, 0].numel()
         return sums
+
+    def _recording(self) -> bool:
+        # Where a part of the model was called on its own, before any pass of the whole, there is no pass to add to.
+        return torch.is_grad_enabled() and bool(self.passes)
+
+    def _term_for(self, name: str, y: Tensor) -> Tensor | None:
+        if not self._recording():
+            return None
+        current = self.passes[-1]
+        if name not in current.sums:
+            dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+            current.sums[name] = torch.zeros(y.shape[-1], dtype=dtype, device=y.device)
+        return current.sums[name]
 
     def take(self) -> list[ForwardPass]:
         """Everything since the last call, one entry a forward pass."""

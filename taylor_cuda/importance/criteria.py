@@ -71,3 +71,14 @@ def check_source(source: str, criterion: Criterion) -> None:
         )
     if source == "activations" and not (criterion.gate or criterion.per_example):
         raise InputError(f"source: {criterion.name!r} is a function of parameters; use source='parameters' or 'auto'")
+
+
+def check_norm_term(source: str, criterion: Criterion) -> None:
+    """Raise unless the norm term can be added to ``criterion`` taken from ``source``."""
+    if criterion.name != "taylor_fo":
+        raise InputError(f"norm_term: wanted criterion='taylor_fo', whose gate it belongs to, got {criterion.name!r}")
+    if source == "parameters":
+        raise InputError(
+            "norm_term: wanted source='activations' or 'auto', for it needs the inputs of normalisations, "
+            "got source='parameters'"
+        )

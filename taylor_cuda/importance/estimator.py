@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from taylor_cuda import ops
+from taylor_cuda.distributed import mean, world_size
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
 from taylor_cuda.importance.activations import ForwardPass, ReaderSums
-from taylor_cuda.importance.criteria import Source, check_source, find_criterion
+from taylor_cuda.importance.criteria import Source, check_norm_term, check_source, find_criterion
+from taylor_cuda.importance.examples import mean_magnitude, sum_of_squares
 from taylor_cuda.importance.units import Place, UnitSums, split_by_group
 
 
@@ -22,7 +24,7 @@ class Importance:
 
     Call ``backward(loss)`` in place of ``loss.backward()``, or ``update()`` after it, once per optimizer step: before
     clipping, weight decay or the optimizer change what stands in ``.grad``. Several backward passes before one
-    ``update()`` (gradient accumulation) count as one batch.
+    ``update()``, or with ``accumulate=True`` before the last one (gradient accumulation), count as one batch.
 
     Args:
         model: the traced module itself, not a compiled or wrapped one.
@@ -34,6 +36,11 @@ class Importance:
             ``"auto"`` from parameters where they suffice, group by group.
         momentum: weight of the past in the moving average over prune steps (0.9 in the paper).
         seed: of ``"random"``; a generator of its own, the global one is left alone.
+        norm_term: add to ``"taylor_fo"`` what a cut changes through the statistics of every LayerNorm and RMSNorm
+            inside a group, exactly to first order (``taylor_cuda.importance.norm_term``); from activations.
+        process_group: ranks that train copies of the model and average their gradients, as
+            ``DistributedDataParallel`` does. Parameter gradients are then those of all ranks already; what is summed
+            from activations is averaged over them here.
 
     The importance of coupled channels is the square of their **sum**. Within a window it is the mean over optimizer
     steps of the squares (Molchanov et al. 2019, section 3); ``fold()`` ends a window and averages over windows. Steps
@@ -50,14 +57,22 @@ class Importance:
         source: Source = "auto",
         momentum: float = 0.9,
         seed: int = 0,
+        norm_term: bool = False,
+        process_group: Any = None,
     ) -> None:
         check_model(model, "Importance")
         self.criterion = find_criterion(criterion)
         check_source(source, self.criterion)
+        if norm_term:
+            check_norm_term(source, self.criterion)
+            source = "activations"
         if not 0 <= momentum < 1:
             raise InputError(f"momentum: wanted a number in [0, 1), got {momentum!r}")
         self._model, self._groups = model, groups
-        self._source, self._momentum = source, momentum
+        self._source, self._momentum, self._ranks = source, momentum, process_group
+        self._norm_term = norm_term
+        self.accumulating = False
+        """A backward pass with ``accumulate=True`` waits for the last one of its optimizer step."""
         self._generator = torch.Generator().manual_seed(seed)
         self._sites: ReaderSums | None = None
         self._average: Tensor | None = None
@@ -79,7 +94,8 @@ class Importance:
         self._from_sites = UnitSums(groups, self._site_members, self._length)
         if from_sites and self._sites is None:
             weights = {member.tensor for group in from_sites for member in group.role("read")}
-            self._sites = ReaderSums(self._model, weights, per_example=self.criterion.per_example)
+            norms = {member.tensor for group in from_sites for member in self._norm_members(group)}
+            self._sites = ReaderSums(self._model, weights, per_example=self.criterion.per_example, norms=norms)
 
     def _length(self, tensor: str, dim: int) -> int:
         return self._tensors[tensor].shape[dim]
@@ -97,7 +113,10 @@ class Importance:
         )
 
     def _site_members(self, group: ChannelGroup) -> Sequence[Member]:
-        return group.role("read") if group.name in self._site_groups else ()
+        return (*group.role("read"), *self._norm_members(group)) if group.name in self._site_groups else ()
+
+    def _norm_members(self, group: ChannelGroup) -> Sequence[Member]:
+        return group.role("norm") if self._norm_term else ()
 
     def _parameter_members(self, group: ChannelGroup) -> Sequence[Member]:
         if group.name in self._site_groups:
@@ -116,33 +135,48 @@ class Importance:
 
     # -- one optimizer step ----------------------------------------------------
 
-    def backward(self, loss: Tensor, outputs: Any = None, scaler: Any = None) -> None:
+    def backward(self, loss: Tensor, outputs: Any = None, scaler: Any = None, accumulate: bool = False) -> None:
         """Run ``loss.backward()`` and take the scores of this step.
 
         Args:
-            loss: the mini-batch mean loss.
+            loss: the mini-batch mean loss; with gradient accumulation, that of a micro-batch over their number.
             outputs: what the model returned; first-order criteria don't need it.
-            scaler: a ``torch.amp.GradScaler``; the loss is scaled by it, the scores are not.
+            scaler: a ``torch.amp.GradScaler``; the loss is scaled by it, the scores are not. A step that it will skip
+                because a gradient overflowed is left out.
+            accumulate: more backward passes follow before the optimizer's step; ``False`` in the last one, in which
+                the scores are taken from what all of them add up to.
         """
         del outputs
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        self.accumulating = accumulate
+        if accumulate:
+            return
         if scaler is None:
-            loss.backward()
             self.update()
             return
-        scaler.scale(loss).backward()
-        self.update(grad_scale=scaler.get_scale())
+        scale = scaler.get_scale()
+        self.update(scale, unscaled=scale == 1.0)
 
     @torch.no_grad()
-    def update(self, grad_scale: float = 1.0) -> None:
+    def update(self, grad_scale: float = 1.0, unscaled: bool = False) -> None:
         """Take the scores of one optimizer step from the gradients as they are now.
 
+        With a ``GradScaler`` say where this stands: ``update(scaler.get_scale())`` before
+        ``scaler.unscale_(optimizer)``, ``update(scaler.get_scale(), unscaled=True)`` after it, and before clipping
+        in either case. The step is left out if any gradient of the model overflowed: the scaler will skip it.
+
         Args:
-            grad_scale: factor that the gradients carry (a ``GradScaler`` before ``unscale_``).
+            grad_scale: factor that the loss was multiplied by.
+            unscaled: parameter gradients don't carry it any more (what was summed from activations always does).
         """
+        self.accumulating = False
         if not self.criterion.gradient:
             return
-        values = self._gate_values(grad_scale) if self.criterion.gate else self._other_values(grad_scale)
+        measure = self._gate_values if self.criterion.gate else self._other_values
+        values = measure(1.0 if unscaled else grad_scale, grad_scale)
         finite = values.isfinite().all()
+        if unscaled or grad_scale != 1.0:
+            finite = finite & self._gradients_are_finite()
         if self._window is None or self._counts is None:
             self._window = torch.zeros_like(values)
             self._counts = torch.zeros(2, dtype=torch.int64, device=values.device)
@@ -150,35 +184,46 @@ class Importance:
         self._window += torch.where(finite, values, values.new_zeros(()))
         self._counts += torch.stack((finite, ~finite))
 
-    def _gate_values(self, grad_scale: float) -> Tensor:
-        """(dE/dz)² of every unit: what parameters give plus what the sites give, both signed, then squared."""
+    def _gradients_are_finite(self) -> Tensor:
+        gradients = [_gradient(parameter) for parameter in self._model.parameters() if parameter.grad is not None]
+        dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+        return torch.nn.utils.get_total_norm(dense, norm_type=float("inf")).isfinite()
+
+    def _gate_values(self, at_parameters: float, at_sites: float) -> Tensor:
+        """(dE/dz)² of every unit: what parameters give plus what the sites give, both signed, then squared.
+
+        Args:
+            at_parameters: factor that parameter gradients carry.
+            at_sites: factor that the gradients of activations carried.
+        """
         total: Tensor | None = None
         if len(self._site_groups) < len(self._sizes):
-            total = self._from_parameters(self._weight_times_gradient("sum"))
+            total = self._from_parameters(self._weight_times_gradient("sum")) / at_parameters
         if self._sites is not None:
             vectors: dict[Place, Tensor] = {}
             for forward in self._finished_passes():
                 for name, sums in forward.sums.items():
                     place = self._read_place[name]
                     vectors[place] = vectors[place] + sums if place in vectors else sums
-            at_sites = self._from_sites(vectors)
-            total = at_sites if total is None else total + at_sites.to(total)
+            from_sites = mean(self._from_sites(vectors), self._ranks) / at_sites
+            total = from_sites if total is None else total + from_sites.to(total)
         assert total is not None
-        return (total / grad_scale).square()
+        return total.square()
 
-    def _other_values(self, grad_scale: float) -> Tensor:
+    def _other_values(self, at_parameters: float, at_sites: float) -> Tensor:
         if not self.criterion.per_example:
-            return self._from_parameters(self._weight_times_gradient("square")) / grad_scale**2
+            return self._from_parameters(self._weight_times_gradient("square")) / at_parameters**2
         passes = self._finished_passes()
-        values = []
-        for group in self._groups:
-            if self.criterion.name == "taylor_fg":
-                values.append(sum(_examples(group, forward, mean=False).square().sum(0) for forward in passes))
-                continue
-            examples = torch.cat([_examples(group, forward, mean=True) for forward in passes]).abs().mean(0)
-            values.append(examples / (examples.norm() + 1e-8))
-        scale = grad_scale**2 if self.criterion.name == "taylor_fg" else 1.0
-        return torch.cat([torch.as_tensor(value) for value in values]) / scale
+        squared = self.criterion.name == "taylor_fg"
+        measure = sum_of_squares if squared else mean_magnitude
+        values = mean(torch.cat([measure(group, passes) for group in self._groups]), self._ranks)
+        # The loss of all ranks is the mean of theirs: an example's t is 1 / ranks of what its rank measured, which for
+        # sums of squares leaves one such factor beside the mean, and for means of magnitudes gives one.
+        values = values / world_size(self._ranks)
+        if squared:
+            return values / at_sites**2
+        by_group = split_by_group(values, self._sizes)
+        return torch.cat([value / (value.norm() + 1e-8) for value in by_group.values()])
 
     def _weight_times_gradient(self, reduction: str) -> dict[Place, Tensor]:
         """Σ w·g (or its squares) along every place that has a gradient, in one launch."""
@@ -273,6 +318,7 @@ class Importance:
         self._average = self._drawn = self._window = self._counts = None
         if self._sites is not None:
             self._sites.take()
+        self.accumulating = False
 
     def keep(self, keep: dict[str, Tensor]) -> None:
         """Follow a cut of the model: drop what was collected for units that are gone.
@@ -297,10 +343,7 @@ class Importance:
         return {
             "criterion": self.criterion.name,
             "sizes": dict(self._sizes),
-            "average": self._average,
-            "window": self._window,
-            "counts": self._counts,
-            "drawn": self._drawn,
+            **{name: _copy(getattr(self, f"_{name}")) for name in ("average", "window", "counts", "drawn")},
             "generator": self._generator.get_state(),
         }
 
@@ -311,7 +354,7 @@ class Importance:
                 raise InputError(f"state_dict: {key} is {state[key]!r} there and {mine!r} here")
         device = next(iter(self._tensors.values())).device
         for field in ("average", "window", "counts", "drawn"):
-            value = state[field]
+            value = _copy(state[field])  # what is collected from now on isn't the caller's
             setattr(self, f"_{field}", None if value is None else value.to(device))
         self._generator.set_state(state["generator"].cpu())
 
@@ -321,6 +364,10 @@ class Importance:
             self._sites.close()
             self._sites = None
             self._site_groups = set()
+
+
+def _copy(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.clone()
 
 
 def _trained_gate(group: ChannelGroup, tensors: dict[str, Tensor]) -> tuple[Member, ...]:
@@ -342,23 +389,3 @@ def _scales(group: ChannelGroup) -> tuple[Member, ...]:
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad.detach()
-
-
-def _examples(group: ChannelGroup, forward: ForwardPass, *, mean: bool) -> Tensor:
-    """t[n, unit] of one forward pass, added up over readers; with ``mean`` each reader's sum is divided by its L."""
-    total: Tensor | None = None
-    for member in group.role("read"):
-        sums = forward.sums.get(member.tensor)
-        if sums is None:
-            continue
-        t = sums[:, member.index.to(sums.device)].sum(dim=2)
-        t = t / forward.length[member.tensor] if mean else t
-        if total is not None and total.shape != t.shape:
-            raise InputError(
-                f"group {group.name!r}: its readers see {total.shape[0]} and {t.shape[0]} examples in one forward "
-                "pass; per-example criteria need one batch size, use criterion='taylor_fo'"
-            )
-        total = t if total is None else total + t
-    if total is None:
-        raise InputError(f"group {group.name!r}: none of its readers ran in the last forward pass")
-    return total

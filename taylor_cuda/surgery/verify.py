@@ -16,7 +16,12 @@ from taylor_cuda.graph.mask import MaskedForward, position_masks
 from taylor_cuda.graph.observe import rounds_products
 from taylor_cuda.graph.sites import ReaderInputs
 
-__all__ = ["MaskedReference", "quiet", "relative_difference"]
+__all__ = ["DifferenceError", "MaskedReference", "quiet", "relative_difference"]
+
+
+class DifferenceError(CutError):
+    """Cut and masked differ by more than the tolerance of their dtype."""
+
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.12}
 """Relative to the largest magnitude of the compared tensor. Cut and masked sum the same terms in another order: at most
@@ -141,7 +146,7 @@ class MaskedReference:
                 f"the cut model computes {self._seen} values that can be compared, the masked one {len(self._expected)}"
             )
         if not self._greatest <= self._tolerance:
-            raise CutError(
+            raise DifferenceError(
                 f"cut and masked differ by {self._greatest:.2g} at {self._where} (relative to the largest value there; "
                 f"{self._tolerance:.1g} allowed)"
             )

@@ -23,19 +23,33 @@ class OpenHeads(Net):
 
 
 class CountedHeads(Net):
-    """Three layers, and attributes that say how many heads there are and how wide all of them."""
+    """Three layers, a bias for every head, and attributes that say how many there are and how wide all of them."""
 
     def __init__(self) -> None:
         super().__init__(
             q=nn.Linear(6, 15), k=nn.Linear(6, 15), v=nn.Linear(6, 15), proj=nn.Linear(15, 7), head=nn.Linear(7, 2)
         )
+        self.bias = nn.Parameter(torch.randn(3, 1, 1))
         self.num_heads, self.head_dim, self.attn_dim = 3, 5, 15
 
     def forward(self, x: Tensor) -> Tensor:
         n, tokens, _ = x.shape
         q, k, v = (layer(x).view(n, tokens, self.num_heads, self.head_dim) for layer in (self.q, self.k, self.v))
-        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        bias = self.bias * torch.arange(tokens)
+        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
         return self.head(F.relu(self.proj(x.transpose(1, 2).reshape(n, tokens, self.attn_dim))).mean(1))
+
+
+class FusedHeads(Net):
+    """As many heads as there are of query, key and value: ``reshape(…, 3, 3, 4)``."""
+
+    def __init__(self) -> None:
+        super().__init__(qkv=nn.Linear(6, 36), proj=nn.Linear(12, 2))
+        self.num_heads = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, 4).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1)
 
 
 class HeadsByHand(Net):

@@ -86,9 +86,12 @@ GROUPS: dict[str, dict[str, tuple[int, str]]] = {
     "counted_heads": {
         "q": (
             3,
-            "q.weight:0w*5 q.bias:0o*5 k.weight:0w*5 k.bias:0o*5 v.weight:0w*5 v.bias:0o*5 proj.weight:1r*5",
+            "bias:0o q.weight:0w*5 q.bias:0o*5 k.weight:0w*5 k.bias:0o*5 v.weight:0w*5 v.bias:0o*5 proj.weight:1r*5",
         ),
         "proj": (7, "proj.weight:0w proj.bias:0o head.weight:1r"),
+    },
+    "fused_heads": {
+        "qkv": (3, "qkv.weight:0w*12 qkv.bias:0o*12 proj.weight:1r*4"),
     },
     "heads_by_hand": {
         "q": (

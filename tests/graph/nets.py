@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.graph.attention_nets import CountedHeads, FixedHeads, HeadsByHand, OpenHeads, WidthFromInput
+from tests.graph.attention_nets import CountedHeads, FixedHeads, FusedHeads, HeadsByHand, OpenHeads, WidthFromInput
 from tests.graph.base import Net, conv, image
 from tests.graph.odd_nets import (
     GLU,
@@ -237,6 +237,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "rms_norm": (RMSNormed, lambda: torch.randn(2, 5, 6)),
     "open_heads": (OpenHeads, lambda: torch.randn(2, 5, 6)),
     "counted_heads": (CountedHeads, lambda: torch.randn(2, 5, 6)),
+    "fused_heads": (FusedHeads, lambda: torch.randn(2, 5, 6)),
     "heads_by_hand": (HeadsByHand, lambda: torch.randn(2, 5, 6)),
     "fixed_heads": (FixedHeads, lambda: torch.randn(2, 5, 6)),
     "width_from_input": (WidthFromInput, lambda: torch.randn(2, 5, 12)),

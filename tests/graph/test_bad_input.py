@@ -217,14 +217,3 @@ def test_a_plan_of_another_model_is_refused():
     with pytest.raises(InputError, match="before another cut, or for other groups; plan again"):
         tc.cut(model, groups, plan)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-def test_a_pruner_with_an_optimizer_of_another_model_prunes_nothing():
-    model, other = ConvBN(), ConvBN()
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    with pytest.raises(InputError, match="optimizer: it doesn't own "):  # noqa: PT012  (when made, or at the first cut)
-        pruner = tc.Pruner(model, image(), optimizer, {"macs": 0.5}, every=1, steps=1)
-        loss = model(image()).sum()
-        pruner.backward(loss)
-        pruner.step()
-    assert model.a.weight.shape[0] == 8

@@ -101,20 +101,46 @@ def test_a_kind_that_fails_takes_no_other_with_it():
     assert "can't run with fewer" in frozen["b.qkv"]
 
 
+class Blocks(nn.ModuleList):
+    """A layer, and the sum of all blocks after it."""
+
+    def __init__(self) -> None:
+        super().__init__(WidthFromInput() for _ in range(16))
+        self.embed = nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        return sum(self[i](x) for i in range(16))
+
+
+def test_a_kind_that_fails_is_tested_once(monkeypatch):
+    """Sixteen blocks of a kind whose heads can't go: one test says so for all of them."""
+    from taylor_cuda.graph.prove import Proof
+
+    tests = []
+    failure = Proof.failure
+    monkeypatch.setattr(Proof, "failure", lambda proof, chosen: tests.append(len(chosen)) or failure(proof, chosen))
+    groups = tc.trace(Blocks(), torch.randn(2, 5, 12))
+    assert len(groups) == 32
+    assert len(tests) <= 4
+
+
 class Checkpointed(Net):
     """Run once more in the backward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, reentrant: bool) -> None:
         super().__init__(a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 6, 1), c=nn.Conv2d(6, 2, 1))
+        self.reentrant = reentrant
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c(checkpoint(self.b, self.a(x).relu(), use_reentrant=False)).relu().mean((2, 3))
+        return self.c(checkpoint(self.b, self.a(x).relu(), use_reentrant=self.reentrant)).relu().mean((2, 3))
 
 
-def test_masks_reach_what_is_recomputed():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_masks_reach_what_is_recomputed(reentrant):
     """The gradient under a mask is that of the cut model, where the layer runs again in the backward pass too."""
     torch.manual_seed(0)
-    model, x = Checkpointed(), torch.randn(2, 3, 4, 4)
+    model, x = Checkpointed(reentrant), torch.randn(2, 3, 4, 4)
     groups, keep = tc.trace(model, x), {"a": torch.tensor([1, 4, 6])}
     with tc.masked(model, groups, keep):
         model(x).square().sum().backward()
@@ -125,9 +151,10 @@ def test_masks_reach_what_is_recomputed():
     torch.testing.assert_close(model.b.weight.grad, expected)
 
 
-def test_activation_scores_see_what_is_recomputed_once():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_scores_see_what_is_recomputed_once(reentrant):
     torch.manual_seed(0)
-    model, x = Checkpointed(), torch.randn(2, 3, 4, 4)
+    model, x = Checkpointed(reentrant), torch.randn(2, 3, 4, 4)
     scores = []
     for source in ("parameters", "activations"):
         importance = tc.Importance(model, tc.trace(model, x), source=source)

@@ -1,0 +1,182 @@
+"""Several processes that train one model: what they average, agree on and wrap. Nothing where there is one process."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from taylor_cuda.errors import InputError, TaylorError
+
+__all__ = ["Replicas", "mean", "world_size"]
+
+# Arguments of DistributedDataParallel that its attributes don't answer for: given anew, or refused by ``Replicas``.
+_NOT_ATTRIBUTES = {
+    *("self", "module", "init_sync", "bucket_cap_mb", "bucket_cap_mb_list", "check_reduction", "device_mesh"),
+    *("delay_all_reduce_named_params", "param_to_hook_all_reduce", "mixed_precision"),
+}
+
+
+def world_size(group: Any) -> int:
+    """The ranks in a process group; 1 without a group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def mean(tensor: Tensor, group: Any) -> Tensor:
+    """The mean of a tensor over the ranks of a process group, bit-equal on all of them; the tensor without a group.
+
+    Args:
+        tensor: floating, of the same shape and dtype on every rank; not changed.
+        group: a ``torch.distributed.ProcessGroup``, or ``None``.
+    """
+    if world_size(group) == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total, group=group)
+    return total / world_size(group)
+
+
+class Replicas:
+    """The copies of one model among which ``DistributedDataParallel`` averages gradients.
+
+    Args:
+        model: the wrapper, or a module without one: then there is one copy, and nothing here does anything.
+
+    Attributes:
+        module: the module inside.
+        wrapper: the wrapper, or ``None``.
+        group: its process group, or ``None``.
+
+    Raises:
+        InputError: a wrapper with an option that can't be taken over into a new one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.wrapper = model if isinstance(model, DistributedDataParallel) else None
+        self.module: nn.Module = model if self.wrapper is None else self.wrapper.module
+        self.group: Any = None if self.wrapper is None else self.wrapper.process_group
+        self.size = world_size(self.group)
+        if self.wrapper is not None:
+            unsupported = {
+                "mixed_precision": self.wrapper.mixed_precision,
+                "delay_all_reduce_named_params": self.wrapper._delay_all_reduce_params,
+            }
+            for option, value in unsupported.items():
+                if value:
+                    raise InputError(
+                        f"model: DistributedDataParallel(…, {option}=…) changes the module in ways that a second "
+                        "wrapper can't repeat; wrap it without (torch.autocast instead of mixed_precision)"
+                    )
+
+    # -- agreeing --------------------------------------------------------------
+
+    def agree(self, what: str, digest: str) -> None:
+        """Raise on every rank unless all of them give the same text.
+
+        Raises:
+            TaylorError: names the ranks that differ.
+        """
+        by_digest: dict[str, list[int]] = {}
+        for rank, other in enumerate(self._gather(digest)):
+            by_digest.setdefault(other, []).append(rank)
+        if len(by_digest) > 1:
+            parties = "; ".join(f"{_ranks(ranks)}: {text[:12]}" for text, ranks in by_digest.items())
+            raise TaylorError(
+                f"{what} differs over ranks ({parties}): nothing was cut. Their parameters or gradients have come "
+                "apart, or they were given different arguments (a seed, a budget)"
+            )
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """If the body raises on one rank, raise on all of them, instead of leaving the others to wait for it.
+
+        Raises:
+            TaylorError: it raised on other ranks only; names them and what they raised.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        messages = self._gather("" if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = [rank for rank, message in enumerate(messages) if message]
+        if failed:
+            raise TaylorError(f"{what} failed on {_ranks(failed)}: {messages[failed[0]]}; go on from a checkpoint")
+
+    def _gather(self, text: str) -> list[str]:
+        if self.size == 1:
+            return [text]
+        gathered = [""] * self.size
+        dist.all_gather_object(gathered, text, group=self.group)
+        return gathered
+
+    # -- wrapping --------------------------------------------------------------
+
+    def rewrap(self) -> None:
+        """Make the wrapper anew, in place, around the parameters as they are now.
+
+        Its hooks sit on gradient accumulators that a cut replaces: without this it would go on without averaging
+        anything, silently. The wrapper stays the same object, with its options, communication hooks and module hooks.
+        """
+        wrapper = self.wrapper
+        if wrapper is None:
+            return
+        options = _options(wrapper)
+        communication, training = list(wrapper._comm_hooks), wrapper.training
+        kinds = ("_forward", "_backward")
+        hooks = {name: value for name, value in vars(wrapper).items() if name.startswith(kinds) and "_hooks" in name}
+        flags = {module: module.training for module in self.module.modules()}
+        # no first broadcast: the ranks have just agreed, and their buffers may be meant to differ
+        DistributedDataParallel.__init__(wrapper, self.module, init_sync=False, **options)
+        vars(wrapper).update(hooks)
+        wrapper.training = training
+        for module, flag in flags.items():
+            module.training = flag
+        for hook, state in communication:
+            wrapper.register_comm_hook(state, hook)
+
+    def watch_wrapper(self) -> RemovableHandle | None:
+        """From now on a forward pass of the module through any other wrapper than this one raises.
+
+        After a cut such a wrapper would silently stop averaging gradients. ``None`` where nothing is distributed.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        mine, model = self.wrapper, self.module
+
+        def check(module: nn.Module, _args: Any) -> None:
+            active = DistributedDataParallel._active_ddp_module
+            if module is not model or active is None or active is mine or not torch.is_grad_enabled():
+                return  # a copy of the model has the hook too
+            wanted = "give Pruner the wrapper itself" if mine is None else "call the wrapper that Pruner was given"
+            raise InputError(
+                "model: this forward pass goes through a DistributedDataParallel wrapper that the pruner doesn't know "
+                f"and that would stop averaging gradients after a cut; {wanted}"
+            )
+
+        return model.register_forward_pre_hook(check)
+
+
+def _options(wrapper: DistributedDataParallel) -> dict[str, Any]:
+    """The arguments a wrapper was made with, as far as they differ from the defaults of this torch."""
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    names = parameters.keys() - _NOT_ATTRIBUTES
+    if "forward_sync_buffers" in names:
+        names.discard("broadcast_buffers")  # its old name; giving both is deprecated
+    options = {name: getattr(wrapper, name) for name in names if hasattr(wrapper, name)}
+    if not wrapper.bucket_bytes_cap_default:
+        options["bucket_cap_mb"] = wrapper.bucket_bytes_cap / 2**20
+    return options
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -1,0 +1,253 @@
+"""Two ranks with data of their own stay one model across cuts."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as Wrapper
+from torch.optim import SGD
+
+import taylor_cuda as tc
+from taylor_cuda.distributed import Replicas
+from tests.loops.loop import EXAMPLE, DictAverage, Net, batches
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
+
+OPTIONS = {"budget": {"macs": 0.45, "channels": 0.6}, "max_ratio": 0.5}
+
+
+def everywhere(value: Tensor) -> list[Tensor]:
+    """The value of every rank."""
+    found = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, value.contiguous())
+    return found
+
+
+def check_same(model: torch.nn.Module, what: str) -> None:
+    """Shapes and values, bit for bit, in one exchange."""
+    shapes, values = [torch.tensor(p.shape) for p in model.parameters()], [p.detach() for p in model.parameters()]
+    for pieces in (shapes, values):
+        mine, other = everywhere(torch.cat([piece.flatten() for piece in pieces]))
+        assert torch.equal(mine, other), what
+
+
+def halves(rank: int, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    return [(x[4 * rank : 4 * rank + 4], target[4 * rank : 4 * rank + 4]) for x, target in batches(count, seed)]
+
+
+def stays_one_model(rank: int, **options: Any) -> None:
+    """Two cuts, then 50 steps; accumulation with and without ``no_sync`` on the way."""
+    torch.manual_seed(rank)  # the wrapper makes them equal
+    model = Net()
+    wrapper = Wrapper(model, gradient_as_bucket_view=True, bucket_cap_mb=1)
+    calls: list[int] = []
+    wrapper.register_comm_hook(calls, counted_average)
+    wrapper.register_forward_hook(lambda _module, _args, _kwargs, _outputs: calls.append(0), with_kwargs=True)
+    optimizer, average = SGD(model.parameters(), lr=0.05, momentum=0.9), DictAverage(model)
+    pruner = tc.Pruner(wrapper, EXAMPLE, optimizer, every=4, steps=2, ema=average.values, **OPTIONS, **options)
+    assert pruner.model is model
+    cut_at = []
+    for i, (x, target) in enumerate(batches(58, seed=rank)):
+        with wrapper.no_sync():
+            pruner.backward(F.cross_entropy(wrapper(x[:4]), target[:4]) / 2, accumulate=True)
+        before = len([call for call in calls if call])
+        pruner.backward(F.cross_entropy(wrapper(x[4:]), target[4:]) / 2)
+        assert len([call for call in calls if call]) > before, f"step {i}: no gradient was averaged"
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model)
+        if pruner.step() is not None:
+            cut_at.append(i)
+        check_same(model, f"step {i}")
+    assert cut_at == [3, 7]
+    assert sum(model.widths()) <= 18
+    assert calls.count(0) == 2 * 58
+    assert wrapper.gradient_as_bucket_view
+    assert wrapper.bucket_bytes_cap == 2**20
+    assert wrapper.training
+    assert model.stem.weight.grad is None
+    mine, other = everywhere(average.values["stem.weight"])
+    assert torch.equal(mine, other)
+
+
+def counted_average(calls, bucket):
+    """A communication hook; it has to outlive every cut. Torch refuses annotations that are strings."""
+    calls.append(1)
+    reduced = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
+    return reduced.then(lambda future: future.value()[0])
+
+
+def scores_are_those_of_the_whole_batch(rank: int) -> None:
+    """In eval mode the mean over ranks of the gradients is the gradient over the batch of both."""
+    for criterion, source in (
+        ("taylor_fo", "parameters"),
+        ("taylor_fo", "activations"),
+        ("taylor_fg", "auto"),
+        ("taylor_output", "auto"),
+        ("taylor_weight", "auto"),
+    ):
+        torch.manual_seed(0)
+        model, whole = Net().eval(), Net().eval()
+        whole.load_state_dict(model.state_dict())
+        options = {"criterion": criterion, "source": source, "every": 100}
+        pruner, alone = tc.Pruner(Wrapper(model), EXAMPLE, **options), tc.Pruner(whole, EXAMPLE, **options)
+        for (x, target), (x_all, target_all) in zip(halves(rank, 2), batches(2), strict=True):
+            pruner.backward(F.cross_entropy(pruner._replicas.wrapper(x), target))
+            alone.backward(F.cross_entropy(whole(x_all), target_all))
+            model.zero_grad()
+            whole.zero_grad()
+        for name, score in pruner.importance.scores().items():
+            expected = alone.importance.scores()[name]
+            torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+            mine, other = everywhere(score)
+            assert torch.equal(mine, other), (criterion, source, name)
+
+
+def ranks_that_would_cut_differently_raise(rank: int) -> None:
+    model = Net()
+    wrapper = Wrapper(model)
+    optimizer = SGD(model.parameters(), lr=0.05)
+    pruner = tc.Pruner(wrapper, EXAMPLE, optimizer, every=1, criterion="random", seed=rank, **OPTIONS)
+    with pytest.raises(tc.TaylorError, match=r"the plan differs over ranks \(rank 0: \w+; rank 1: \w+\)"):
+        pruner.step()
+    assert model.widths() == Net().widths()
+
+
+def a_failure_on_one_rank_reaches_the_other(rank: int) -> None:
+    model = Net()
+    pruner = tc.Pruner(Wrapper(model), EXAMPLE, SGD(model.parameters(), lr=0.05), every=1, **OPTIONS)
+    pruner.backward(F.cross_entropy(pruner._replicas.wrapper(batches(1)[0][0]), batches(1)[0][1]))
+    if rank == 1:
+        model.register_buffer("late", model.conv1.weight.detach())  # shares memory: this cut is refused
+    message = "share memory" if rank == 1 else "the cut failed on rank 1: InputError: model: .*share memory"
+    with pytest.raises(tc.TaylorError, match=message):
+        pruner.step()
+
+
+def other_wrappers_are_refused(rank: int) -> None:
+    x, target = batches(1)[0]
+    model = Net()
+    wrapper = Wrapper(model)
+    optimizer = SGD(model.parameters(), lr=0.05)
+    unwrapped = tc.Pruner(model, EXAMPLE, optimizer, every=1, steps=1, **OPTIONS)
+    with pytest.raises(tc.InputError, match="give Pruner the wrapper itself"):
+        wrapper(x)
+    unwrapped._wrapper_check.remove()
+    pruner = tc.Pruner(wrapper, EXAMPLE, optimizer, every=2, steps=1, **OPTIONS)
+    stale = Wrapper(model)
+    with pytest.raises(tc.InputError, match="call the wrapper that Pruner was given"):
+        stale(x)
+    with torch.no_grad():
+        stale(x)  # nothing to average
+    for _ in range(2):
+        pruner.backward(F.cross_entropy(wrapper(x), target))
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    assert pruner.done
+    assert not model._forward_pre_hooks
+
+
+def resumes(rank: int) -> None:
+    """Two ranks resume from what each of them saved, and stay one model that equals an uninterrupted one."""
+
+    def start() -> tuple[Net, Wrapper, SGD, tc.Pruner]:
+        torch.manual_seed(0)
+        model = Net()
+        wrapper, optimizer = Wrapper(model), SGD(model.parameters(), lr=0.05, momentum=0.9)
+        options = {"source": "activations", "every": 4, "steps": 2, **OPTIONS}
+        return model, wrapper, optimizer, tc.Pruner(wrapper, EXAMPLE, optimizer, **options)
+
+    def run(wrapper: Wrapper, optimizer: SGD, pruner: tc.Pruner, data: list[tuple[Tensor, Tensor]]) -> None:
+        for x, target in data:
+            pruner.backward(F.cross_entropy(wrapper(x), target))
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+
+    data = halves(rank, 12)
+    model, *rest = start()
+    run(*rest, data)
+    first, *rest = start()
+    run(*rest, data[:6])
+    saved = first.state_dict(), rest[1].state_dict(), rest[2].state_dict()
+    again, *rest = start()
+    rest[2].load_state_dict(saved[2])
+    again.load_state_dict(saved[0])
+    rest[1].load_state_dict(saved[1])
+    run(*rest, data[6:])
+    check_same(again, "resumed")
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+CASES: dict[str, Callable[[int], None]] = {
+    "parameters": stays_one_model,
+    "activations": lambda rank: stays_one_model(rank, source="activations"),
+    "scores": scores_are_those_of_the_whole_batch,
+    "plans": ranks_that_would_cut_differently_raise,
+    "failure": a_failure_on_one_rank_reaches_the_other,
+    "wrappers": other_wrappers_are_refused,
+    "resume": resumes,
+}
+
+
+def work(rank: int, folder: str) -> None:
+    """All cases in one process, because starting one takes seconds."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for name, case in CASES.items():
+        started = time.perf_counter()
+        try:
+            case(rank)
+            result = ""
+        except Exception:
+            result = traceback.format_exc()
+        Path(folder, f"{name}.{rank}.txt").write_text(result or f"passed in {time.perf_counter() - started:.1f} s")
+        if result:
+            break  # the other rank may wait where this one no longer comes
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    context = mp.spawn(work, (str(folder),), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    try:
+        while time.monotonic() < deadline and not context.join(timeout=1):
+            if any(not path.read_text().startswith("passed") for path in folder.glob("*.txt")):
+                break
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        (folder / "died.txt").write_text(str(error))
+    for process in context.processes:
+        process.kill()
+    return folder
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks(case: str, rank: int, outcomes: Path) -> None:
+    results = {path.stem: path.read_text() for path in sorted(outcomes.glob("*.txt"), key=lambda p: p.stat().st_mtime)}
+    assert results.get(f"{case}.{rank}", "").startswith("passed"), "\n".join(f"{k}: {v}" for k, v in results.items())
+
+
+def test_one_process_needs_no_group() -> None:
+    replicas = Replicas(Net())
+    assert (replicas.size, replicas.wrapper, replicas.group) == (1, None, None)
+    replicas.agree("the plan", "abc")
+    replicas.rewrap()
+    with pytest.raises(ZeroDivisionError), replicas.together("the cut"):
+        raise ZeroDivisionError
+    assert replicas.watch_wrapper() is None
