@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shutil
+import sys
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph import trace
-from taylor_cuda.graph.groups import Groups
-from taylor_cuda.planning.cost import Cost, model_cost
-from taylor_cuda.text import table
+from taylor_cuda.report.doctor import doctor_text
+from taylor_cuda.report.examine import examine
 from taylor_cuda.train.models import SPEC_FORMS, default_input_shape, load_model
 
 DESCRIPTION = f"""\
 Trace a model and say what could be removed from it: seconds, no data, no training.
 
 MODEL is {SPEC_FORMS}.
-A share is that of all layers that write or read the group: what would go if the whole group went. Shares overlap.
+MACs and parameters of a group are what would go if the whole group went; groups that share a layer both count it.
+The lowest budget is the least that --budget of taylor-cuda prune can meet with the same floors.
+
+--json prints model (as given), input (the shape of one example), seconds (of the trace), and the facts that
+taylor_cuda.report.examine.examine describes: cost, groups, frozen, best_case, traps, notes.
 """
 
 
@@ -46,7 +51,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--min-keep", type=int, default=1, metavar="N", help="channels that every group keeps (default: 1)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--max-ratio", type=float, default=1.0, metavar="X", help="largest share of a group that may go (default: 1)"
+    )
+    parser.add_argument(
+        "--round-to", default="auto", metavar="N", help="widths that shrink are multiples of N (default: auto)"
+    )
+    parser.add_argument("--full", action="store_true", help="wrap long lines instead of cutting them off")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def input_shape(text: str) -> tuple[int, ...]:
@@ -64,86 +76,35 @@ def input_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def examine(model: torch.nn.Module, groups: Groups, min_keep: int) -> dict[str, Any]:
-    """Groups with their shares of the cost, frozen channels with the reason, and the best case: plain values."""
-    if min_keep < 1:
-        raise InputError(f"min_keep: wanted a number of at least 1, got {min_keep}")
-    whole = model_cost(model, groups)
-    floor = {group.name: min(min_keep, group.size) for group in groups}
-    rows = []
-    for group in groups:
-        without = model_cost(model, groups, {group.name: 0})
-        layers = sorted(
-            {member.tensor.rpartition(".")[0] for member in group.members if member.role in ("write", "read")}
-        )
-        rows.append(
-            {
-                "name": group.name,
-                "size": group.size,
-                "layers": layers,
-                "macs_share": _share(whole.macs - without.macs, whole.macs),
-                "params_share": _share(whole.params - without.params, whole.params),
-            }
-        )
-    return {
-        "cost": asdict(whole),
-        "groups": rows,
-        "frozen": [asdict(frozen) for frozen in groups.frozen],
-        "notes": list(groups.notes),
-        "min_keep": min_keep,
-        "best_case": asdict(model_cost(model, groups, floor)),
-    }
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
-
-
-def report(found: dict[str, Any]) -> str:
-    """The tables."""
-    cost, best = Cost(**found["cost"]), Cost(**found["best_case"])
-    rows = [
-        (
-            group["name"],
-            group["size"],
-            len(group["layers"]),
-            f"{group['macs_share']:.1%}",
-            f"{group['params_share']:.1%}",
-        )
-        for group in found["groups"]
-    ]
-    shape = "×".join(str(length) for length in found["input"])
-    parts = [
-        f"{found['model']}, input {shape}: {cost.macs:,} MACs, {cost.params:,} parameters, "
-        f"{cost.channels:,} channels in {len(rows)} groups can go",
-        table(("group", "channels", "layers", "MACs", "parameters"), rows),
-    ]
-    if found["frozen"]:
-        stays = [(frozen["name"], frozen["size"]) for frozen in found["frozen"]]
-        lines = table(("stays", "channels"), stays).splitlines()
-        reasons = ["why", "---", *(frozen["reason"] for frozen in found["frozen"])]
-        parts.append("\n".join(f"{line}  {reason}" for line, reason in zip(lines, reasons, strict=True)))
-    parts.extend(f"note: {note}" for note in found["notes"])
-    parts.append(
-        f"best case, every group at {found['min_keep']}: {best.macs:,} MACs ({_share(best.macs, cost.macs):.1%}), "
-        f"{best.params:,} parameters ({_share(best.params, cost.params):.1%})"
-    )
-    parts.append(f"traced in {found['seconds']:.1f} s")
-    return "\n\n".join(parts)
-
-
 def run(options: argparse.Namespace) -> int:
     """Trace the model and print what was found."""
+    try:
+        # what a model's own code prints must not end up in the middle of a table or of JSON
+        with contextlib.redirect_stdout(sys.stderr):
+            found = _found(options)
+    except InputError as error:
+        raise type(error)(" ".join(str(error).split())) from error
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(doctor_text(found, shutil.get_terminal_size((100, 24)).columns, options.full))
+    return 0
+
+
+def _found(options: argparse.Namespace) -> dict[str, Any]:
     model = load_model(options.model, options.num_classes)
     shape = input_shape(options.input) if options.input else default_input_shape(options.model, model)
     start = time.perf_counter()
     groups = trace(model, torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), ignore=options.ignore)
     seconds = time.perf_counter() - start
-    found = {
-        "model": options.model,
-        "input": list(shape),
-        "seconds": seconds,
-        **examine(model, groups, options.min_keep),
-    }
-    print(json.dumps(found, indent=2) if options.json else report(found))
-    return 0
+    facts = examine(model, groups, options.min_keep, options.max_ratio, _round_to(options.round_to))
+    return {"model": options.model, "input": list(shape), "seconds": seconds, **facts}
+
+
+def _round_to(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"round_to: wanted 'auto' or a whole number, got {text!r}") from None

@@ -22,6 +22,7 @@ TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 # attributes on tensors of the copy: they live exactly as long as the tensor, and no table has to be kept
 _DIMS = "_taylor_cuda_dims"
 _SOURCE = "_taylor_cuda_source"
+_VARIES = "_taylor_cuda_varies"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Flow:
         outside: layers whose weight is computed.
         reached: parameters that ``sites.py`` meets as the weight of a reader.
         ran: modules to be ignored whose outputs were seen.
+        notes: what a user should know about the passes, each once.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -132,6 +134,7 @@ class Flow:
         self.outside: list[Outside] = []
         self.reached: set[str] = set()
         self.ran: set[str] = set()
+        self.notes: list[str] = []
         self._dims_of: dict[str, Dims] = {}
         for name, tensor in named_tensors(model).items():
             dims: Dims = []
@@ -180,6 +183,23 @@ class Flow:
         """``tensor`` is this parameter or buffer."""
         if source is not None:
             setattr(tensor, _SOURCE, source)
+
+    # -- values: which of them the inputs decide -----------------------------------------------------------------------
+
+    def varies(self, tensor: Tensor) -> bool:
+        """Whether the values of ``tensor`` depend on the inputs of the model."""
+        return getattr(tensor, _VARIES, False)
+
+    def put_varying(self, tensors: Iterable[Tensor]) -> None:
+        """The values of ``tensors`` depend on the inputs of the model."""
+        for tensor in tensors:
+            setattr(tensor, _VARIES, True)
+
+    def note(self, text: str) -> None:
+        """Say ``text``, with the module that runs now and the line of the user's code."""
+        said = str(self.reason(text))
+        if said not in self.notes:
+            self.notes.append(said)
 
     # -- what rules say ----------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.labels import Reason
 from taylor_cuda.graph.rules import Op, find_rule, tensors_in
 from taylor_cuda.graph.rules_layers import rms_norm
+from taylor_cuda.graph.rules_pointwise import created, created_like
 from taylor_cuda.graph.sites import READER_FUNCTIONS, RMS_NORMS
 
 # dropout leaves every shape and channel as it is, but draws its noise in a different way in every release and device
@@ -44,6 +45,9 @@ DROPOUT = frozenset(
     }
 )
 
+DEPENDS = "what the code does depends on values of the input: only what it does for the example is traced"
+_TO_PYTHON = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
+
 _UNFLATTEN = frozenset({Tensor.unflatten, torch.unflatten})
 _VIEWS = frozenset({Tensor.view, Tensor.reshape, torch.reshape}) | _UNFLATTEN
 
@@ -60,7 +64,7 @@ class Dispatched(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self._flow.paused:
-            return func(*args, **kwargs)
+            return self._run(func, args, kwargs)
         namespace, _, name = str(getattr(func, "overloadpacket", func)).rpartition(".")
         known = name if namespace in ("aten", "prim") else f"{namespace}.{name}"
         found = None if "out" in kwargs else find_rule(known)
@@ -69,7 +73,7 @@ class Dispatched(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if found in (created, created_like) else self._run(func, args, kwargs)
         op = Op(known, args, kwargs, out)
         self._flow.steps.append(_step(op))
         if found is None:
@@ -79,6 +83,15 @@ class Dispatched(TorchDispatchMode):
             found(self._flow, op)
         except Exception as error:  # a form of the op that its rule wasn't written for freezes like an unknown op
             self._unknown(func, op, f"the rule for {name} failed: {type(error).__name__}: {error}")
+        return out
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The op itself; what it makes of values that depend on the inputs depends on them too."""
+        out = func(*args, **kwargs)
+        if any(self._flow.varies(tensor) for tensor in tensors_in(args, kwargs)):
+            self._flow.put_varying(tensors_in(out))
+            if isinstance(out, (bool, int, float, complex)) or func is torch.ops.aten.nonzero.default:
+                self._flow.note(DEPENDS)
         return out
 
     def _unknown(self, func: Any, op: Op, text: str) -> None:
@@ -119,6 +132,8 @@ class Called(TorchFunctionMode):
             name = self._name_of.get(id(weight))
             if name is not None:
                 self._flow.reached.add(name)
+        elif func in _TO_PYTHON and self._flow.varies(args[0]):
+            self._flow.note(DEPENDS)
         elif func in DROPOUT:
             return args[0] if args else kwargs["input"]
         elif func in RMS_NORMS:
@@ -268,6 +283,7 @@ def record(model: nn.Module, flow: Flow, inputs: tuple[tuple[Any, ...], dict[str
         Exception: whatever the forward pass raises.
     """
     args, kwargs = copied(inputs)
+    flow.put_varying(leaves((args, kwargs)))
     called = Called(model, flow)
     handles = _follow_modules(model, flow, stay)
     try:

@@ -130,7 +130,7 @@ def _record_both(
     for pattern in sorted(set(stay.values())):
         if not any(name in flow.ran for name, given in stay.items() if given == pattern):
             raise InputError(f"ignore: the forward pass calls no module that {pattern!r} matches; name their layers")
-    return calls, flow.steps != steps, notes
+    return calls, flow.steps != steps, [*notes, *flow.notes]
 
 
 def _without(groups: Groups, bad: dict[str, str]) -> None:
