@@ -41,10 +41,8 @@ def check_model(model: Any, what: str) -> None:
             raise InputError(f"{what}: model is sharded by FSDP{place}; do this before it is sharded")
         if isinstance(module, _WRAPPERS):
             kind = type(module).__name__
-            raise InputError(
-                f"{what}: model is wrapped in {kind}{place}; tc.Pruner takes a DistributedDataParallel; elsewhere give "
-                "the module inside, model.module, and wrap it anew after every cut"
-            )
+            anew = "; tc.Pruner takes it as it is, after any other cut wrap it anew" if "Distributed" in kind else ""
+            raise InputError(f"{what}: model is wrapped in {kind}{place}; give the module inside, model.module{anew}")
     for name, tensor in named_tensors(model).items():
         if hasattr(tensor, "placements"):
             raise InputError(f"{what}: {name} is distributed over devices (a DTensor); do this before it is")

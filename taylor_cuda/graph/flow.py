@@ -91,6 +91,8 @@ def code_line() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
+        if frame.f_code.co_name == "record" and path.startswith(HERE):
+            return ""  # whoever called trace is no part of the model
         if not path.startswith((HERE, TORCH, "<")):
             return f"{os.path.basename(path)}:{frame.f_lineno}"
         frame = frame.f_back

@@ -7,7 +7,7 @@ dimensions of the same tensors form a **group**: they are ranked together and sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -194,6 +194,22 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
         "example_inputs: wanted a tensor, a tuple of arguments or a dict of keyword arguments, "
         f"got {type(example_inputs).__name__}"
     )
+
+
+def units_to_keep(groups: Groups, plan: Any) -> dict[str, Tensor]:
+    """``{group name: sorted int64 unit indices}`` of a ``tc.Plan`` or of such a dict, checked against the groups.
+
+    Raises:
+        InputError: neither of the two, or a plan that was made for other groups, or for these before another cut.
+    """
+    keep = getattr(plan, "keep", plan)
+    if not isinstance(keep, Mapping):
+        raise InputError(f"plan: wanted a tc.Plan or a dict of kept indices by group name, got {type(plan).__name__}")
+    made_for = getattr(plan, "sizes_before", None)
+    if made_for and dict(made_for) != groups.sizes():
+        raise InputError("plan: made for these groups before another cut, or for other groups; plan again")
+    check_keep(groups, dict(keep))
+    return {name: kept.cpu() for name, kept in keep.items()}
 
 
 def check_keep(groups: Groups, keep: dict[str, Tensor]) -> None:

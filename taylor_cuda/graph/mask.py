@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from taylor_cuda.graph.groups import Groups, Role, check_keep, named_tensors
+from taylor_cuda.graph.checks import check_model
+from taylor_cuda.graph.groups import Groups, Role, named_tensors, units_to_keep
 from taylor_cuda.graph.sites import RMS_NORMS, ReaderInputs, active_in_forward
 from taylor_cuda.graph.slicing import stays
 
@@ -97,8 +98,8 @@ def masked(model: nn.Module, groups: Groups, plan: Any) -> Iterator[None]:
     Dropped units are zeroed at the inputs of their readers; a LayerNorm inside a group takes its statistics over what
     is kept.
     """
-    keep: Mapping[str, Tensor] = getattr(plan, "keep", plan)
-    check_keep(groups, dict(keep))
+    check_model(model, "masked")
+    keep = units_to_keep(groups, plan)
     masks = MaskedForward(model, groups, keep)
     mode: TorchFunctionMode = masks
     handles = active_in_forward(model, masks)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from taylor_cuda.errors import InputError
 from taylor_cuda.graph.checks import check_model
-from taylor_cuda.graph.groups import Groups, check_keep
+from taylor_cuda.graph.groups import Groups, units_to_keep
 from taylor_cuda.graph.recorder import copy_model
 from taylor_cuda.graph.slicing import shrink_groups, slice_model, tensor_keeps
 from taylor_cuda.surgery.recipe import check_current, compose
@@ -55,7 +53,7 @@ def cut(
         CutError: the cut model doesn't compute what the masked model did.
     """
     check_model(model, "cut")
-    keep = _kept_units(groups, plan)
+    keep = units_to_keep(groups, plan)
     check_current(model, groups)
     keeps = tensor_keeps(model, groups, keep)
     if not keeps:
@@ -91,14 +89,3 @@ def _difference_in_double(model: nn.Module, groups: Groups, keep: dict[str, Tens
         return reference.compare()
     except Exception:
         return None
-
-
-def _kept_units(groups: Groups, plan: Any) -> dict[str, Tensor]:
-    keep = getattr(plan, "keep", plan)
-    if not isinstance(keep, Mapping):
-        raise InputError(f"plan: wanted a tc.Plan or a dict of kept indices by group name, got {type(plan).__name__}")
-    made_for = getattr(plan, "sizes_before", None)
-    if made_for and dict(made_for) != groups.sizes():
-        raise InputError("plan: made for these groups before another cut, or for other groups; plan again")
-    check_keep(groups, dict(keep))
-    return {name: kept.cpu() for name, kept in keep.items()}
