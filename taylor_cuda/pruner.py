@@ -46,7 +46,8 @@ class Pruner:
     - Clipping: after ``backward``, as always; the scores are those of the gradients before.
     - ``torch.compile``: give the original module, and call the compiled one. It recompiles after every cut, and at most
       ``torch._dynamo.config.recompile_limit`` (8) times in all, after which torch goes on uncompiled: raise it above
-      ``steps`` and the modes (train, eval) used.
+      ``steps`` and the modes (train, eval) used. Scores from activations break the graph at every gate: not with
+      ``fullgraph=True``.
     - ``DistributedDataParallel``: give the wrapper, with the same arguments on every rank. Every cut makes it anew, in
       place, so the loop goes on with it; ``pruner.model`` is the module inside. Ranks that would cut differently raise.
 

@@ -38,7 +38,9 @@ class ReaderSums:
     ) -> None:
         self.passes: list[ForwardPass] = []
         self._per_example = per_example
-        sites = ReaderAndNormInputs(model, weights, self._gate, norms, self._term_for)
+        # Compilers of the backward pass can't change a tensor there that the forward pass made: the graph breaks here.
+        gate, term_for = torch.compiler.disable(self._gate), torch.compiler.disable(self._term_for)
+        sites = ReaderAndNormInputs(model, weights, gate, norms, term_for)
         self._handles = [model.register_forward_pre_hook(self._begin), *active_in_forward(model, sites)]
 
     def _begin(self, _module: nn.Module, _args: Any) -> None:
