@@ -26,7 +26,7 @@ from taylor_cuda.graph.observe import (
     tolerance,
 )
 from taylor_cuda.graph.randomise import jitter, randomise
-from taylor_cuda.graph.recorder import map_tensors, set_mode
+from taylor_cuda.graph.recorder import leaves, map_tensors, set_mode
 from taylor_cuda.graph.slicing import Keeps, slice_model, tensor_keeps
 
 __all__ = ["prove", "random_keep"]
@@ -243,6 +243,14 @@ def prove(model: nn.Module, groups: Groups, inputs: Inputs, train_too: bool) -> 
     original = [(tensor, tensor.data) for tensor in named_tensors(model).values()]
     keep = random_keep(groups, generator)
     modes = (False, True) if train_too else (False,)
+    first = _first_example(inputs)
+    if first is not None:
+        randomise(model, groups, first, generator)
+        proof = Proof(model, groups, first, keep, modes)
+        if proof.failure(list(groups)) is None and not proof.dead:
+            return {}
+        for tensor, data in original:  # perhaps the model just doesn't take one example
+            tensor.data = data
     randomise(model, groups, inputs, generator)
     proof = Proof(model, groups, inputs, keep, modes)
     failure = proof.failure(list(groups))
@@ -260,6 +268,15 @@ def prove(model: nn.Module, groups: Groups, inputs: Inputs, train_too: bool) -> 
     again = Proof(model, rest, inputs, keep, modes)
     failure = again.failure(list(rest)) if rest.groups else None
     return bad if failure is None else {**bad, **again.bad(failure)}
+
+
+def _first_example(inputs: Inputs) -> Inputs | None:
+    """The inputs with the first of their examples alone, where they have several: what holds for it is proved."""
+    sizes = {tensor.shape[0] for tensor in leaves(inputs) if tensor.dim()}
+    if len(sizes) != 1 or sizes == {1}:
+        return None
+    first: Inputs = map_tensors(inputs, lambda tensor: tensor[:1].clone() if tensor.dim() else tensor)
+    return first
 
 
 def _finite(model: nn.Module, groups: Groups, inputs: Inputs) -> bool:

@@ -114,7 +114,7 @@ class Blocks(nn.ModuleList):
 
 
 def test_a_kind_that_fails_is_tested_once(monkeypatch):
-    """Sixteen blocks of a kind whose heads can't go: one test says so for all of them."""
+    """Sixteen blocks of a kind whose heads can't go: one test, after one on a single example, says so for all."""
     from taylor_cuda.graph.prove import Proof
 
     tests = []
@@ -122,7 +122,7 @@ def test_a_kind_that_fails_is_tested_once(monkeypatch):
     monkeypatch.setattr(Proof, "failure", lambda proof, chosen: tests.append(len(chosen)) or failure(proof, chosen))
     groups = tc.trace(Blocks(), torch.randn(2, 5, 12))
     assert len(groups) == 32
-    assert len(tests) <= 4
+    assert len(tests) <= 5
 
 
 class Checkpointed(Net):

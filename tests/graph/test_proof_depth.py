@@ -99,3 +99,11 @@ def test_a_difference_that_is_none_of_rounding_stays_one(monkeypatch):
     with pytest.raises(CutError, match="cut and masked differ"):
         cut(model, groups, {"e": torch.tensor([0, 1])})
     assert model.e.out_features == 8
+
+
+def test_a_network_that_takes_no_single_example_is_proved_on_all():
+    """Batch statistics of one example are nothing, and the code below wants an even number of them."""
+    net = Between(lambda _net, x: x.view(-1, 2, *x.shape[1:]).flatten(0, 1))
+    assert offered(trace(net, torch.randn(4, 3, 4, 4))) == {"a", "b"}
+    wrong = Between(lambda _net, x: x.view(-1, 2, *x.shape[1:]).flatten(0, 1) / x.shape[1])
+    assert offered(trace(wrong, torch.randn(4, 3, 4, 4))) == {"b"}
