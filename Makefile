@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: prune test bench device lint clean
+.PHONY: prune test bench coverage device lint clean
 
 prune: $(VENV)/built
 	$(BIN)/taylor-cuda prune
@@ -22,6 +22,10 @@ lint: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,train,bench]"
 	$(BIN)/python -m bench --check
+
+coverage: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,train,bench]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.coverage
 
 # On a machine with a GPU, whose own Python has a CUDA build of torch, Triton, ninja, pybind11 and pytest: nothing is downloaded.
 device:
