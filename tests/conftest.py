@@ -24,3 +24,9 @@ def _same_start() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_grad_enabled(grad)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """For networks of a few hundred weights, whose threads would only wait for each other."""
+    torch.set_num_threads(1)

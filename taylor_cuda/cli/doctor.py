@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from taylor_cuda.cli.options import parse_round_to
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph import trace
 from taylor_cuda.report.doctor import doctor_text
@@ -97,14 +98,5 @@ def _found(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     groups = trace(model, torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), ignore=options.ignore)
     seconds = time.perf_counter() - start
-    facts = examine(model, groups, options.min_keep, options.max_ratio, _round_to(options.round_to))
+    facts = examine(model, groups, options.min_keep, options.max_ratio, parse_round_to(options.round_to))
     return {"model": options.model, "input": list(shape), "seconds": seconds, **facts}
-
-
-def _round_to(text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"round_to: wanted 'auto' or a whole number, got {text!r}") from None

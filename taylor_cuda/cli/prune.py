@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from taylor_cuda.cli.options import parse_round_to
 from taylor_cuda.errors import InputError
 from taylor_cuda.importance.criteria import CRITERIA, find_criterion
 from taylor_cuda.planning import parse_budget
@@ -115,7 +116,7 @@ def config_from(options: argparse.Namespace) -> RunConfig:
     if "ignore" in given:
         given["ignore"] = tuple(given["ignore"])
     if "round_to" in given:
-        given["round_to"] = _round_to(given["round_to"])
+        given["round_to"] = parse_round_to(given["round_to"])
     given.setdefault("out", Path("runs") / short_name(model))
     if data != "digits":
         given.setdefault("epochs", 25)
@@ -129,15 +130,6 @@ def config_from(options: argparse.Namespace) -> RunConfig:
 def short_name(model: str) -> str:
     """A folder's name for a model: what stands after its last colon."""
     return re.sub(r"[^\w.-]+", "-", model.rpartition(":")[2]).strip(".-") or "model"
-
-
-def _round_to(text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"round_to: wanted 'auto' or a whole number, got {text!r}") from None
 
 
 def run(options: argparse.Namespace) -> int:
