@@ -179,6 +179,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def layer_of(tensor: str) -> str:
+    """The name of the module that owns a parameter, or of the one whose weight it is made for."""
+    layer, parametrized, _ = tensor.partition(".parametrizations.")
+    return layer if parametrized else layer.rpartition(".")[0] or tensor
+
+
 def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """``example_inputs`` as the ``(args, kwargs)`` of one call.
 

@@ -37,7 +37,7 @@ class MaskedForward(ReaderInputs):
         super().__init__(model, self._read, self._zero_dropped)
         tensors = named_tensors(model)
         norms = position_masks(model, groups, keep, "norm")
-        self._norm = {id(tensors[name]): mask for name, mask in norms.items()}
+        self._norm = {id(tensors[name]): mask.nonzero().flatten() for name, mask in norms.items()}
 
     def _zero_dropped(self, name: str, x: Tensor, dim: int) -> Tensor:
         mask = self._read[name]
@@ -55,16 +55,6 @@ class MaskedForward(ReaderInputs):
         """The readers, and the normalisations whose statistics change."""
         return super().weights() | self._norm.keys()
 
-    def _rms_norm(
-        self, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-    ) -> Tensor:
-        mask = self._norm.get(id(weight))
-        if mask is None:
-            return cast(Tensor, func(input, normalized_shape, weight, eps))
-        kept = mask.nonzero().flatten()
-        y = func(input.index_select(-1, kept), [kept.numel()], None if weight is None else weight[kept], eps)
-        return torch.zeros(input.shape, dtype=y.dtype, device=y.device).index_copy(-1, kept, y)
-
     def _layer_norm(
         self,
         input: Tensor,
@@ -73,17 +63,22 @@ class MaskedForward(ReaderInputs):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        mask = self._norm.get(id(weight if weight is not None else bias))
-        if mask is None:
-            return F.layer_norm(input, normalized_shape, weight, bias, eps)
-        count = mask.sum()
-        x = torch.where(mask, input, input.new_zeros(()))
-        mean = x.sum(-1, keepdim=True) / count
-        centred = torch.where(mask, input - mean, input.new_zeros(()))
-        variance = centred.square().sum(-1, keepdim=True) / count
-        y = centred * torch.rsqrt(variance + eps)
-        y = y if weight is None else y * weight
-        return y if bias is None else y + bias
+        return self._normalised(F.layer_norm, input, normalized_shape, (weight, bias), eps)
+
+    def _rms_norm(
+        self, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        return self._normalised(func, input, normalized_shape, (weight,), eps)
+
+    def _normalised(
+        self, func: Any, input: Tensor, shape: Any, vectors: tuple[Tensor | None, ...], eps: float | None
+    ) -> Tensor:
+        kept = self._norm.get(id(next((vector for vector in vectors if vector is not None), None)))
+        if kept is None:
+            return cast(Tensor, func(input, shape, *vectors, eps))
+        some = [None if vector is None else vector[kept] for vector in vectors]
+        y = func(input.index_select(-1, kept), [kept.numel()], *some, eps)
+        return torch.zeros(input.shape, dtype=y.dtype, device=y.device).index_copy(-1, kept, y)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylor_cuda.graph.groups import ChannelGroup, Groups, named_tensors
+from taylor_cuda.graph.groups import ChannelGroup, Groups, layer_of, named_tensors
 from taylor_cuda.graph.mask import MaskedForward
 from taylor_cuda.graph.recorder import DROPOUT, copied, leaves
 from taylor_cuda.graph.sites import ReaderInputs, active_in_forward
@@ -159,7 +159,7 @@ def difference(masked: Observed, cut: Observed, kept: Mapping[str, Tensor], boun
     """
     name = ""
     for (name, x, dim), (other, y, _) in zip(masked.inputs, cut.inputs, strict=False):
-        layer = name.rpartition(".")[0] or name
+        layer = layer_of(name)
         if name != other:
             return Difference(name, layer, f"{other} is called instead")
         expected = x.index_select(dim, kept[name].to(x.device)) if name in kept else x

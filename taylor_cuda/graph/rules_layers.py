@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -162,48 +162,41 @@ def batch_norm(flow: Flow, op: Op) -> None:
     flow.put(out, [None, labels, *[None] * (out.dim() - 2)])
 
 
-@rule("native_layer_norm")
-def layer_norm(flow: Flow, op: Op) -> None:
-    """Over exactly the last dimension, with a weight: its statistics are taken over what is kept."""
-    shape, weight, bias = op.args[1:4]
-    dims = flow.of(op.x)
-    out = op.out[0]
+def _over_last(
+    flow: Flow, dims: Dims, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, kind: str
+) -> Dims:
+    """A normalisation over exactly the last dimension, with a weight: its statistics are taken over what is kept."""
     rest = [flow.clear(labels) for labels in dims[:-1]]
     vectors = [vector for vector in (weight, bias) if vector is not None]
-    if len(shape) == 1 and flow.parameter(weight) is not None and (bias is None or flow.parameter(bias) is not None):
-        text = "a normalisation of channels that stay"
+    if len(shape) == 1 and weight is not None and all(flow.parameter(vector) is not None for vector in vectors):
         for vector in vectors:
             flow.role(flow.source(vector), 0, "norm")
-            flow.equal(flow.of(vector)[0], dims[-1], text)
-        flow.put(out, [*rest, flow.clear(dims[-1]) if bias is None else flow.start(dims[-1], weight, bias)])
-        return
-    text = "a layer normalisation without weight, or over several dimensions"
+            flow.equal(flow.of(vector)[0], dims[-1], "a normalisation of channels that stay")
+        return [*rest, flow.clear(dims[-1]) if bias is None else flow.start(dims[-1], weight, bias)]
+    text = f"a {kind} normalisation without weight, or over several dimensions"
     flow.freeze_tensors(vectors, text)
     kept = len(dims) - len(shape)
-    flow.put(out, [*rest[:kept], *flow.free(dims[kept:], text)])
+    return [*rest[:kept], *flow.free(dims[kept:], text)]
+
+
+@rule("native_layer_norm")
+def layer_norm(flow: Flow, op: Op) -> None:
+    """See :func:`_over_last`."""
+    shape, weight, bias = op.args[1:4]
+    flow.put(op.out[0], _over_last(flow, flow.of(op.x), shape, weight, bias, "layer"))
 
 
 def rms_norm(
     flow: Flow,
     input: Tensor,
-    normalized_shape: Any,
+    normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
     *,
     out: Tensor,
 ) -> None:
-    """Over exactly the last dimension, with a weight: its mean square is taken over what is kept."""
-    dims = [flow.clear(labels) for labels in flow.of(input)]
-    if len(normalized_shape) == 1 and flow.parameter(weight) is not None:
-        assert weight is not None
-        flow.role(flow.source(weight), 0, "norm")
-        flow.equal(flow.of(weight)[0], dims[-1], "a normalisation of channels that stay")
-        flow.put(out, dims)
-        return
-    text = "a root mean square normalisation without weight, or over several dimensions"
-    flow.freeze_tensors([] if weight is None else [weight], text)
-    kept = len(dims) - len(normalized_shape)
-    flow.put(out, [*dims[:kept], *flow.free(dims[kept:], text)])
+    """See :func:`_over_last`; no op of its own, so it is met as a function."""
+    flow.put(out, _over_last(flow, flow.of(input), normalized_shape, weight, None, "root mean square"))
 
 
 @rule("native_group_norm")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from taylor_cuda.graph.flow import Flow, Place
-from taylor_cuda.graph.groups import Call, ChannelGroup, Frozen, Member, Number
+from taylor_cuda.graph.groups import Call, ChannelGroup, Frozen, Member, Number, layer_of
 from taylor_cuda.graph.labels import NEVER, Array, Bools, Classes
 
 _LEFT = ("", "no layer reads them", "one unit in all")
@@ -63,12 +63,6 @@ def find_runs(root: Array, place_of: Array, candidate: Bools) -> Runs:
     count = np.diff(np.r_[starts, nodes.size])
     first = np.flatnonzero(np.r_[True, run_root[1:] != run_root[:-1]] if starts.size else [])
     return Runs(nodes, run_root, places[starts], count, first)
-
-
-def layer_of(tensor: str) -> str:
-    """The name of the module that owns a parameter, or of the one whose weight it is made for."""
-    layer, parametrized, _ = tensor.partition(".parametrizations.")
-    return layer if parametrized else layer.rpartition(".")[0] or tensor
 
 
 class Units:

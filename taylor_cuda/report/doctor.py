@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from taylor_cuda.graph.groups import layer_of
 from taylor_cuda.text import table
 
 __all__ = ["doctor_text"]
@@ -148,7 +149,7 @@ def _traps(traps: dict[str, Any], groups: Sequence[dict[str, Any]]) -> list[str]
     tied = [" = ".join(entry["names"]) for entry in traps["shared"] if len(entry["names"]) > 1]
     if tied:
         said.append(f"trap: one parameter under several names, cut once for all of them: {'; '.join(tied)}")
-    often = {_module(entry["parameter"]): entry["calls"] for entry in traps["shared"] if entry["calls"] > 1}
+    often = {layer_of(entry["parameter"]): entry["calls"] for entry in traps["shared"] if entry["calls"] > 1}
     if often:
         names = ", ".join(f"{name} ({calls} times)" for name, calls in often.items())
         said.append(f"trap: used more than once in one forward pass: {names}")
@@ -175,10 +176,6 @@ def _traps(traps: dict[str, Any], groups: Sequence[dict[str, Any]]) -> list[str]
 def _left(entries: Iterable[dict[str, Any]], what: str) -> list[str]:
     names = ", ".join(f"{entry['module']} ({entry['params']:,} parameters)" for entry in entries)
     return [f"trap: {what}: {names}"] if names else []
-
-
-def _module(parameter: str) -> str:
-    return parameter.rpartition(".")[0] or parameter
 
 
 def _best_case(found: dict[str, Any], lay: _Layout) -> str:

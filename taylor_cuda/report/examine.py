@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from taylor_cuda.graph.groups import ChannelGroup, Frozen, Groups, Role, named_tensors
+from taylor_cuda.graph.groups import ChannelGroup, Frozen, Groups, Role, layer_of, named_tensors
 from taylor_cuda.planning.budget import budget_limits
 from taylor_cuda.planning.cost import COSTS, CostTerms, Lengths, as_cost, compile_cost, original_totals
 from taylor_cuda.planning.rungs import Rungs, allowed_counts, resolve_round_to
@@ -113,13 +113,9 @@ def _layers(group: ChannelGroup, role: Role) -> list[str]:
 
     In the order of the model.
     """
-    written = {_owner(member.tensor) for member in group.role("write")} if role == "other" else set()
-    names = dict.fromkeys(_owner(member.tensor) for member in group.role(role))
+    written = {layer_of(member.tensor) for member in group.role("write")} if role == "other" else set()
+    names = dict.fromkeys(layer_of(member.tensor) for member in group.role(role))
     return [name for name in names if name not in written]
-
-
-def _owner(tensor: str) -> str:
-    return tensor.rpartition(".")[0] or tensor
 
 
 def _unit(model: nn.Module, groups: Groups, group: ChannelGroup) -> str:
@@ -130,7 +126,7 @@ def _unit(model: nn.Module, groups: Groups, group: ChannelGroup) -> str:
     if group.numbers or any(call.along in places for call in groups.calls):
         return "head"
     modules = dict(model.named_modules())
-    owners = [modules.get(_owner(member.tensor)) for member in group.members if member.width > 1]
+    owners = [modules.get(layer_of(member.tensor)) for member in group.members if member.width > 1]
     if any(isinstance(owner, _ConvNd) and owner.groups > 1 for owner in owners):
         return "convolution group"
     if any(isinstance(owner, nn.GroupNorm) for owner in owners):
