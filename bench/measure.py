@@ -289,14 +289,15 @@ def make_row(
     race: Race, timing: Timing, timings: Sequence[Timing], options: Options, ceilings: Ceilings, record: dict[str, Any]
 ) -> Row:
     """The row of one timing; ours gets its ratio to every peer of ``timings``."""
-    provider, median = timing.checked.provider, timing.median
+    # Ratios are those of the medians as they are written: whoever divides two rows finds the ratio beside them.
+    provider, median = timing.checked.provider, _digits(timing.median)
     moved = race.bytes if provider.bytes is None else provider.bytes
     peers = [other for other in timings if provider.ours and not other.checked.provider.ours]
-    ratios = {other.checked.provider.name: _digits(other.median / median) for other in peers}
+    ratios = {other.checked.provider.name: _digits(_digits(other.median) / median) for other in peers}
     return {
         **asdict(race.key),
         "provider": provider.name,
-        "median_us": _digits(median),
+        "median_us": median,
         "p20_us": _digits(percentile(timing.samples, 0.2)),
         "p80_us": _digits(percentile(timing.samples, 0.8)),
         "bytes": moved,
