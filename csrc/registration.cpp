@@ -8,4 +8,8 @@ STABLE_TORCH_LIBRARY(taylor_cuda_native, m) {
   m.def("channel_sums(Tensor activation, Tensor gradient) -> Tensor");
   m.def("accumulate_channel_sums(Tensor activation, Tensor gradient, Tensor(a!) sums) -> ()");
   m.def("weight_importance(Tensor[] weights, Tensor[] gradients, int[] dims, str reduction=\"sum\") -> Tensor[]");
+  m.def(
+      "accumulate_importance(Tensor[] sums, Tensor entries, Tensor offsets, Tensor(a!) window, Tensor(b!)? counts, "
+      "str reduction=\"batch\", Tensor? scale=None, Tensor? added=None, Tensor? finite=None, float decay=1.0, "
+      "float weight=1.0) -> ()");
 }

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from taylor_cuda.errors import InputError
 from taylor_cuda.ops import backends, checks, library
 from taylor_cuda.ops.gate import ScoreGate, score_gate
-from taylor_cuda.ops.reference import CHANNEL_REDUCTIONS, WEIGHT_REDUCTIONS
+from taylor_cuda.ops.reference import CHANNEL_REDUCTIONS, UNIT_REDUCTIONS, WEIGHT_REDUCTIONS
 
 __all__ = [
     "ScoreGate",
     "accumulate_channel_sums",
+    "accumulate_importance",
     "backends",
     "channel_importance",
     "channel_sums",
@@ -125,3 +127,64 @@ def weight_importance(
         checks.check_weight_pairs(weights, gradients, dims)
         raise
     return result
+
+
+def accumulate_importance(
+    sums: Sequence[Tensor],
+    entries: Tensor,
+    offsets: Tensor,
+    window: Tensor,
+    counts: Tensor | None,
+    reduction: str = "batch",
+    scale: Tensor | None = None,
+    added: Tensor | None = None,
+    finite: Tensor | None = None,
+    decay: float = 1.0,
+    weight: float = 1.0,
+) -> None:
+    """Add the importance of every unit of a network to ``window`` in place, or skip the step if it overflowed.
+
+    The last part of a scoring step: what ``weight_importance`` or gates left at the positions of many tensors becomes
+    one value for each unit, which several tensors share. All of it is decided on the device, in two launches (one
+    without ``counts``) that a CUDA graph can capture.
+
+    Position p counts through all ``sums``, one after another. With s[n, p] side by side, t[n, u] the sum of
+    s[n, entries[k]] / scale over offsets[u] <= k < offsets[u + 1], and T[u] = Σ_n t[n, u] + added[u]:
+
+    - ``"batch"``: T², Taylor-FO of a gate on all of a unit's channels (arXiv:1906.10771).
+    - ``"sample"``: Σ_n t², every example on its own.
+    - ``"abs"``: Σ_n |t|.
+    - ``"sum"``: T, for values that are squares or magnitudes already.
+
+    If all of them are finite, and ``finite`` is true, window = decay·window + weight·value and counts[0] grows by 1;
+    otherwise counts[1] does, and window stays as it is, bit for bit. Two runs are bit-equal.
+
+    Args:
+        sums: ``[C_i]`` or ``[N, C_i]`` with one N, contiguous, of the window's dtype. With none of them ``entries`` is
+            not looked at, and all t are 0.
+        entries: int64 ``[E]``, positions of all units. One that does not exist is an error on the CPU; on CUDA, where
+            asking would wait for the device, its unit is NaN.
+        offsets: int64 ``[U + 1]``, from 0 to E: where the entries of each unit begin.
+        window: ``[U]``, float32 (float64 on the CPU), contiguous.
+        counts: int64 ``[2]``: steps taken, steps skipped. With ``None`` nothing is skipped, and NaN stays in its unit.
+        reduction: one of the four above.
+        scale: scalar tensor of the window's dtype that the sums carry, such as the factor of a ``GradScaler``; for sums
+            of squares its square.
+        added: ``[U]``, of the window's dtype, for ``"batch"`` and ``"sum"``. Not divided by ``scale``.
+        finite: scalar bool tensor; false skips the step.
+        decay: factor of what ``window`` holds.
+        weight: factor of the new values.
+
+    Raises:
+        InputError: a wrong dtype, shape or device, or an unknown reduction.
+    """
+    checks.check_reduction(reduction, UNIT_REDUCTIONS)
+    if not isinstance(window, Tensor):
+        raise InputError(f"window: wanted a tensor, got {type(window).__name__}")
+    args = (list(sums), entries, offsets, window, counts, reduction, scale, added, finite, decay, weight)
+    try:
+        library.accumulate_importance(*args)
+    except RuntimeError:
+        # As above: every backend checks, and this says which argument it was.
+        checks.check_units(*args[:9])
+        raise

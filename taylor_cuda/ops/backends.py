@@ -2,7 +2,8 @@
 
 Three backends, one signature: ``native`` (C++ and CUDA C++ in ``taylor_cuda/_C*.so``), ``triton``
 (``taylor_cuda.kernels``) and ``reference`` (plain PyTorch, always there). A backend that was asked for and is missing
-raises; a preferred one that is missing is skipped, and ``python -m taylor_cuda.info`` shows it.
+raises; a preferred one that is missing is skipped, and ``python -m taylor_cuda.info`` shows it. Triton has the ops on
+activations only: lists of tensors of any number are no arguments of its kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from taylor_cuda.ops import checks, reference
 Implementation = Callable[..., Any]
 
 NAMES = ("native", "triton", "reference")
-OPS = ("channel_importance", "channel_sums", "accumulate_channel_sums", "weight_importance")
+OPS = ("channel_importance", "channel_sums", "accumulate_channel_sums", "weight_importance", "accumulate_importance")
 
 # Best first. The order for CUDA is a presumption until a GPU run shows otherwise, op by op; such a row goes into
 # PREFERENCE_OF_OP.
@@ -75,6 +76,17 @@ def _with_pairs_checked(weight_importance: Implementation) -> Implementation:
     return run
 
 
+def _with_units_checked(accumulate_importance: Implementation) -> Implementation:
+    """Likewise: broadcasting would take what the native code refuses."""
+
+    @functools.wraps(accumulate_importance)
+    def run(*args: Any) -> None:
+        checks.check_units(*args[:9])
+        accumulate_importance(*args)
+
+    return run
+
+
 def _find_triton(op: str, device: str) -> Implementation | None:
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
@@ -99,7 +111,8 @@ def find(op: str, backend: str, device: str) -> Implementation | None:
         return _find_triton(op, device)
     if backend == "reference":
         found: Implementation = getattr(reference, op)
-        return _with_pairs_checked(found) if op == "weight_importance" else found
+        checked = {"weight_importance": _with_pairs_checked, "accumulate_importance": _with_units_checked}
+        return checked[op](found) if op in checked else found
     raise InputError(f"backend: wanted one of {', '.join(NAMES)}, got {backend!r}")
 
 

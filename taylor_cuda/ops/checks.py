@@ -104,3 +104,53 @@ def _check_weight_pair(weight: Tensor, gradient: Tensor, dim: int, first: Tensor
         )
     if not -weight.dim() <= dim < weight.dim():
         raise InputError(f"dims[{i}]: wanted a dimension of shape {tuple(weight.shape)}, got {dim}")
+
+
+def check_units(
+    sums: Sequence[Tensor],
+    entries: Tensor,
+    offsets: Tensor,
+    window: Tensor,
+    counts: Tensor | None,
+    reduction: str = "batch",
+    scale: Tensor | None = None,
+    added: Tensor | None = None,
+    finite: Tensor | None = None,
+) -> None:
+    """Raise unless all arguments of accumulate_importance fit ``window``: its device, its dtype, its units."""
+    check_tensor(window, "window")
+    dtype, units = window.dtype, window.numel()
+    if window.dim() != 1 or dtype in HALVES or not window.is_contiguous() or window.requires_grad:
+        raise InputError(
+            "window: wanted a contiguous float32 or float64 vector that does not require grad, "
+            f"got {dtype} {tuple(window.shape)}"
+        )
+    _check_beside(window, entries, "entries", torch.int64, (entries.numel(),))
+    _check_beside(window, offsets, "offsets", torch.int64, (units + 1,))
+    if counts is not None:
+        _check_beside(window, counts, "counts", torch.int64, (2,))
+    for i, each in enumerate(sums):
+        check_tensor(each, f"sums[{i}]")
+        rows = sums[0].shape[:-1]
+        wanted = (*rows, each.shape[-1]) if each.dim() in (1, 2) else ("N", "C")
+        _check_beside(window, each, f"sums[{i}]", dtype, wanted)
+    if scale is not None:
+        _check_beside(window, scale, "scale", dtype, ())
+    if added is not None:
+        _check_beside(window, added, "added", dtype, (units,))
+        if reduction not in ("batch", "sum"):
+            raise InputError(f"added: wanted reduction 'batch' or 'sum' with it, got {reduction!r}")
+    if finite is not None:
+        _check_beside(window, finite, "finite", torch.bool, ())
+
+
+def _check_beside(window: Tensor, value: object, name: str, dtype: torch.dtype, shape: tuple[object, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name}: wanted a tensor, got {type(value).__name__}")
+    if value.device != window.device:
+        raise InputError(f"{name}: wanted it on {window.device}, where window is, got it on {value.device}")
+    if value.dtype != dtype or tuple(value.shape) != shape or not value.is_contiguous():
+        raise InputError(
+            f"{name}: wanted contiguous {dtype} of shape {shape}, got {value.dtype} {tuple(value.shape)} "
+            f"with strides {value.stride()}"
+        )

@@ -20,8 +20,16 @@ _LIBRARY = torch.library.Library("taylor_cuda", "DEF")
 _PLAIN = frozenset({Tensor, Parameter})
 
 
-def _define(op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
+def _define(
+    op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = (), placed_by: int = 0
+) -> Callable[..., Any]:
     """Register one op. The annotations of its reference function are its schema, and it has no gradient of its own.
+
+    Args:
+        op: the reference function.
+        fake: checks shapes, and makes results without numbers in them.
+        mutates: names of the arguments that it changes.
+        placed_by: position of the argument whose device is the op's.
 
     Returns:
         What the package calls: the op, or, for a plain eager call, what it would run. The dispatcher's way through
@@ -31,20 +39,27 @@ def _define(op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str
     _LIBRARY.define(name + torch.library.infer_schema(op, mutates_args=mutates))
 
     def run(*args: Any) -> Any:
-        first = args[0] if isinstance(args[0], Tensor) else next(iter(args[0]), None)
+        first = args[placed_by] if isinstance(args[placed_by], Tensor) else next(iter(args[placed_by]), None)
         device = "cpu" if first is None else first.device.type
         with torch.no_grad():
             return backends.select(name, device)(*args)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    changed = [list(inspect.signature(op).parameters).index(argument) for argument in mutates]
     if mutates:
-        _LIBRARY.impl(name, _bump_versions(op, mutates), "ADInplaceOrView", with_keyset=True)
+        _LIBRARY.impl(name, _redispatch_and_bump(name, changed), "ADInplaceOrView", with_keyset=True)
     torch.library.register_fake(f"taylor_cuda::{name}", fake, lib=_LIBRARY)
     overload: Callable[..., Any] = getattr(torch.ops.taylor_cuda, name).default
-    if mutates:
-        return overload  # autograd has to hear of it
-    return lambda *args: overload(*args) if _is_watched() or not _are_plain(args) else run(*args)
+
+    def call(*args: Any) -> Any:
+        if _is_watched() or not (_is_plain(args[0]) and _is_plain(args[1]) and _is_plain(args[placed_by])):
+            return overload(*args)
+        result = run(*args)
+        _bump(args, changed)
+        return result
+
+    return call
 
 
 def _is_watched() -> bool:
@@ -56,25 +71,26 @@ def _is_watched() -> bool:
     )
 
 
-def _are_plain(args: Sequence[Any]) -> bool:
-    """Whether the op's two tensors, or lists of them, are of no class that may want to see the call."""
-    if isinstance(args[0], Tensor):
-        return type(args[0]) in _PLAIN and type(args[1]) in _PLAIN
-    return _PLAIN.issuperset(map(type, args[0])) and _PLAIN.issuperset(map(type, args[1]))
+def _is_plain(value: Tensor | Sequence[Tensor]) -> bool:
+    """Whether a tensor, or each of a list of them, is of no class that may want to see the call."""
+    return type(value) in _PLAIN if isinstance(value, Tensor) else _PLAIN.issuperset(map(type, value))
 
 
-def _bump_versions(op: Callable[..., Any], mutates: tuple[str, ...]) -> Callable[..., Any]:
-    """Tell autograd that arguments changed, as in-place ops of PyTorch do, so that a stale saved tensor raises."""
-    positions = [list(inspect.signature(op).parameters).index(name) for name in mutates]
-
+def _redispatch_and_bump(name: str, changed: Sequence[int]) -> Callable[..., Any]:
     def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        overload = getattr(torch.ops.taylor_cuda, op.__name__).default
+        overload = getattr(torch.ops.taylor_cuda, name).default
         result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
-        for position in positions:
-            torch.autograd.graph.increment_version(args[position])
+        _bump(args, changed)
         return result
 
     return run
+
+
+def _bump(args: Sequence[Any], changed: Sequence[int]) -> None:
+    """Tell autograd that arguments changed, as in-place ops of PyTorch do, so that a stale saved tensor raises."""
+    for position in changed:
+        if args[position] is not None and not args[position].is_inference():
+            torch.autograd.graph.increment_version(args[position])
 
 
 def _fake_channel_importance(activation: Tensor, gradient: Tensor, reduction: str = "batch") -> Tensor:
@@ -102,7 +118,16 @@ def _fake_weight_importance(
     ]
 
 
+def _fake_accumulate_importance(
+    sums: Sequence[Tensor], entries: Tensor, offsets: Tensor, window: Tensor, *others: Any
+) -> None:
+    checks.check_units(sums, entries, offsets, window, *others[:5])
+
+
 channel_importance = _define(reference.channel_importance, _fake_channel_importance)
 channel_sums = _define(reference.channel_sums, _fake_channel_sums)
 accumulate_channel_sums = _define(reference.accumulate_channel_sums, _fake_accumulate_channel_sums, mutates=("sums",))
 weight_importance = _define(reference.weight_importance, _fake_weight_importance)
+accumulate_importance = _define(
+    reference.accumulate_importance, _fake_accumulate_importance, mutates=("window", "counts"), placed_by=3
+)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 CHANNEL_REDUCTIONS = ("batch", "sample", "abs", "element")
 WEIGHT_REDUCTIONS = ("sum", "square", "abs")
+UNIT_REDUCTIONS = ("batch", "sample", "abs", "sum")
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -87,3 +88,62 @@ def weight_importance(
             products = products.abs()
         scores.append(products.sum(dim=1))
     return scores
+
+
+def accumulate_importance(
+    sums: Sequence[Tensor],
+    entries: Tensor,
+    offsets: Tensor,
+    window: Tensor,
+    counts: Tensor | None,
+    reduction: str = "batch",
+    scale: Tensor | None = None,
+    added: Tensor | None = None,
+    finite: Tensor | None = None,
+    decay: float = 1.0,
+    weight: float = 1.0,
+) -> None:
+    """Add the importance v of every unit, ``[U]``, to ``window``, unless one of them is not finite.
+
+    ``sums`` are ``[C_i]`` or ``[N, C_i]``, side by side ``s[N, P]``. With t[n, u] = Σ_k s[n, entries[k]] / scale over
+    the k from offsets[u] up to offsets[u + 1], and T[u] = Σ_n t + added[u]:
+
+    ``"batch"``    T²: Taylor-FO of a gate on all of a unit's channels (arXiv:1906.10771)
+    ``"sample"``   Σ_n t²: the same for every example on its own
+    ``"abs"``      Σ_n |t|
+    ``"sum"``      T
+
+    Where all v are finite, and ``finite`` is true, window = decay·window + weight·v and counts[0] grows by 1; otherwise
+    counts[1] does. Without ``counts`` nothing is left out.
+    """
+    values = _unit_values(sums, entries, offsets, window, reduction, scale)
+    if added is not None:
+        values = values + added
+    if reduction == "batch":
+        values = values.square()
+    blended = decay * window + weight * values
+    if counts is None:
+        window.copy_(blended)
+        return
+    good = values.isfinite().all()
+    if finite is not None:
+        good = good & finite
+    window.copy_(torch.where(good, blended, window))
+    counts.add_(torch.stack((good, ~good)))
+
+
+def _unit_values(
+    sums: Sequence[Tensor], entries: Tensor, offsets: Tensor, window: Tensor, reduction: str, scale: Tensor | None
+) -> Tensor:
+    if not sums:
+        return torch.zeros_like(window)
+    side_by_side = torch.cat([each if each.dim() == 2 else each[None] for each in sums], dim=1)
+    # The last offset is known to be the number of entries: asking whether all of them fit would wait for a GPU.
+    joint = torch.segment_reduce(side_by_side.t()[entries], "sum", offsets=offsets, unsafe=True, initial=0)
+    if scale is not None:
+        joint = joint / scale
+    if reduction == "sample":
+        joint = joint.square()
+    elif reduction == "abs":
+        joint = joint.abs()
+    return joint.sum(dim=1)

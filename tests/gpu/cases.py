@@ -143,13 +143,14 @@ def difference(name: str, actual: Tensor, expected: Tensor, allowed: Tensor) -> 
 
 
 class Ops:
-    """The four ops of one implementation, by name."""
+    """The ops of one implementation, by name."""
 
     def __init__(self, namespace: object) -> None:
         self.channel_sums = getattr(namespace, "channel_sums", None)
         self.channel_importance = getattr(namespace, "channel_importance", None)
         self.accumulate_channel_sums = getattr(namespace, "accumulate_channel_sums", None)
         self.weight_importance = getattr(namespace, "weight_importance", None)
+        self.accumulate_importance = getattr(namespace, "accumulate_importance", None)
 
 
 def check_channel_ops(ops: Ops, activation: Tensor, gradient: Tensor, twice: bool = True) -> list[str]:
@@ -252,4 +253,85 @@ def check_weight_importance(
             allowed = tolerance(weight.dtype) * terms.abs().sum(1)
             found.append(difference(f"{reduction} {i} {tuple(weight.shape)} dim {dim}", result, terms.sum(1), allowed))
             found += [] if torch.equal(result, repeated) else [f"{reduction} {i}: two runs differ"]
+    return [problem for problem in found if problem]
+
+
+UNIT_REDUCTIONS = ("batch", "sample", "abs", "sum")
+
+# Positions of each tensor, rows (None: [C]), and how many entries each unit has.
+UNITS: dict[str, tuple[list[int], int | None, list[int]]] = {
+    "one tensor": ([5], None, [1] * 5),
+    "several tensors": ([7, 3, 12], None, [2, 0, 1, 5, 0, 3]),
+    "tensors without positions": ([4, 0, 0, 3, 0], 3, [2, 1, 4]),
+    "one row": ([6, 9], 1, [3, 1, 2, 7]),
+    "two rows": ([6, 9], 2, [3, 1, 2, 7]),
+    "many rows": ([30, 11, 8], 67, [2] * 40),
+    "no rows": ([6, 9], 0, [3, 1, 2]),
+    "long units": ([40, 300], None, [700, 3, 513]),
+    "long units, rows": ([40, 300], 9, [700, 3]),
+    "more units than a block has": ([150, 600], None, [1, 2, 3] * 300),
+    "more units than a block has, rows": ([150, 600], 3, [3, 2, 1] * 100),
+    "no tensors": ([], None, [0, 0, 0, 0]),
+    "no units": ([5], None, []),
+}
+
+
+def make_units(
+    name: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Sums, entries and offsets of a named case, and a window that holds something."""
+    sizes, rows, widths = UNITS[name]
+    make, generator = source(dtype, seed, device), torch.Generator().manual_seed(seed)
+    sums = [make(size) if rows is None else make(rows, size) for size in sizes]
+    entries = torch.randint(0, max(sum(sizes), 1), (sum(widths),), generator=generator).to(device)
+    offsets = torch.tensor([0, *widths]).cumsum(0).to(device)
+    return sums, entries, offsets, make(len(widths))
+
+
+def units_of(
+    sums: list[Tensor], entries: Tensor, offsets: Tensor, reduction: str, added: Tensor | None, scale: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The importance in float64, and by how much a result may differ when each sum differs by eps times its terms."""
+    flat = [x.detach().cpu().double().view(x.shape if x.dim() == 2 else (1, -1)) for x in sums]
+    side_by_side = torch.cat(flat, 1) if flat else torch.zeros(0, 0, dtype=torch.float64)
+    borders = offsets.tolist()
+    terms = [side_by_side[:, entries.cpu()[a:b]] / scale for a, b in zip(borders, borders[1:], strict=False)]
+    nothing = torch.zeros(len(side_by_side), 0, dtype=torch.float64)
+    joint = torch.stack([x.sum(1) for x in terms], 1) if terms else nothing
+    spread = eps * torch.stack([x.abs().sum(1) for x in terms], 1) if terms else nothing
+    more = torch.zeros(len(terms), dtype=torch.float64) if added is None else added.cpu().double()
+    if reduction == "sample":
+        return joint.square().sum(0), ((2 * joint.abs() + spread) * spread + eps * joint.square()).sum(0)
+    if reduction == "abs":
+        return joint.abs().sum(0), spread.sum(0)
+    total, error = joint.sum(0) + more, spread.sum(0) + eps * more.abs()
+    if reduction == "sum":
+        return total, error
+    return total.square(), (2 * total.abs() + error) * error + eps * total.square()
+
+
+def check_accumulate_importance(ops: Ops, name: str, dtype: torch.dtype, device: str = "cpu") -> list[str]:
+    """What is wrong with accumulate_importance in one case: against float64, in what it counts, between two runs."""
+    sums, entries, offsets, window = make_units(name, dtype, device=device)
+    more, factor = source(dtype, 7, device)(window.numel()), torch.tensor(3.0, dtype=dtype, device=device)
+    found, eps = [], tolerance(dtype)
+    for reduction in UNIT_REDUCTIONS:
+        choices = [(None, None), (factor, None)] + ([(factor, more)] if reduction in ("batch", "sum") else [])
+        for scale, added in choices:
+            after, again, free = window.clone(), window.clone(), window.clone()
+            counts = torch.tensor([3, 5], device=device)
+            arguments = (reduction, scale, added, None, 0.75, 0.5)
+            ops.accumulate_importance(sums, entries, offsets, after, counts, *arguments)
+            ops.accumulate_importance(sums, entries, offsets, again, counts, *arguments)
+            ops.accumulate_importance(sums, entries, offsets, free, None, *arguments)
+            values, error = units_of(
+                sums, entries, offsets, reduction, added, 1.0 if scale is None else float(scale), eps
+            )
+            before, case = window.cpu().double(), f"{name}, {reduction}, {scale is None}, {added is None}"
+            expected = 0.75 * before + 0.5 * values
+            allowed = 0.5 * error + eps * (before.abs() + values.abs())
+            found.append(difference(case, after, expected, allowed))
+            found += [] if torch.equal(after, again) else [f"{case}: two runs differ"]
+            found += [] if torch.equal(after, free) else [f"{case}: not the same without counts"]
+            found += [] if counts.tolist() == [5, 5] else [f"{case}: counts {counts.tolist()}"]
     return [problem for problem in found if problem]

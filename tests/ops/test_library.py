@@ -21,6 +21,7 @@ from tests.ops.checks import BACKENDS
 
 PAIR = (torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5))
 LISTS = ([torch.randn(3, 4, 2, 2), torch.randn(5)], [torch.randn(3, 4, 2, 2), torch.randn(5)], [1, 0])
+SUMS, UNITS = [torch.randn(3, 4), torch.randn(3, 2)], (torch.tensor([0, 5, 2]), torch.tensor([0, 2, 3]))
 SAMPLES: dict[str, list[tuple[object, ...]]] = {
     "channel_importance": [(*PAIR, reduction) for reduction in reference.CHANNEL_REDUCTIONS],
     "channel_sums": [
@@ -30,6 +31,11 @@ SAMPLES: dict[str, list[tuple[object, ...]]] = {
     ],
     "accumulate_channel_sums": [(*PAIR, torch.zeros(4)), (*PAIR, torch.zeros(3, 4))],
     "weight_importance": [(*LISTS, reduction) for reduction in reference.WEIGHT_REDUCTIONS],
+    "accumulate_importance": [
+        (SUMS, *UNITS, torch.zeros(2), torch.zeros(2, dtype=torch.int64)),
+        (SUMS, *UNITS, torch.zeros(2), None, "sample", torch.tensor(2.0)),
+        ([], *UNITS, *torch.zeros(1, 2), torch.zeros(2, dtype=torch.int64), "sum", None, torch.ones(2)),
+    ],
 }
 
 
