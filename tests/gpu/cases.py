@@ -5,6 +5,7 @@ Every input is cut from a storage full of NaN, so that one element read from out
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -295,7 +296,7 @@ def units_of(
     flat = [x.detach().cpu().double().view(x.shape if x.dim() == 2 else (1, -1)) for x in sums]
     side_by_side = torch.cat(flat, 1) if flat else torch.zeros(0, 0, dtype=torch.float64)
     borders = offsets.tolist()
-    terms = [side_by_side[:, entries.cpu()[a:b]] / scale for a, b in zip(borders, borders[1:], strict=False)]
+    terms = [side_by_side[:, entries.cpu()[a:b]] / scale for a, b in itertools.pairwise(borders)]
     nothing = torch.zeros(len(side_by_side), 0, dtype=torch.float64)
     joint = torch.stack([x.sum(1) for x in terms], 1) if terms else nothing
     spread = eps * torch.stack([x.abs().sum(1) for x in terms], 1) if terms else nothing

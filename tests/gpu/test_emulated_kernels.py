@@ -101,3 +101,63 @@ def test_bad_arguments_are_refused(emulated: Ops, name: str) -> None:
     call, message = BAD[name]
     with pytest.raises(RuntimeError, match=message):
         call(emulated)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("case", cases.UNITS)
+def test_accumulate_importance_matches_float64(emulated: Ops, case: str, dtype: str) -> None:
+    assert cases.check_accumulate_importance(emulated, case, cases.DTYPES[dtype]) == []
+
+
+@pytest.mark.parametrize("count", [250, 251, 2000, 2001, 4500])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_units_of_more_tensors_than_a_table_holds(emulated: Ops, rows: int, count: int) -> None:
+    sums = [torch.full((rows, 1), float(i), dtype=torch.float64) for i in range(count)]
+    entries, offsets = torch.tensor([0, count - 1, 5, 249, 200]), torch.tensor([0, 2, 5])
+    window, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    emulated.accumulate_importance(sums, entries, offsets, window, counts, "sample")
+    assert window.tolist() == [rows * (count - 1) ** 2, rows * 454**2]
+    assert counts.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 20])
+@pytest.mark.parametrize("at", [0, 31, 32, 299])
+def test_one_value_that_is_not_finite_skips_the_step(emulated: Ops, at: int, rows: int) -> None:
+    window, counts = torch.rand(300), torch.zeros(2, dtype=torch.int64)
+    sums, before = torch.ones(rows, 300), window.clone()
+    sums[-1, at] = float("inf")
+    entries, offsets = torch.arange(300), torch.arange(301)
+    emulated.accumulate_importance([sums], entries, offsets, window, counts, "sample")
+    assert torch.equal(window, before)
+    assert counts.tolist() == [0, 1]
+    emulated.accumulate_importance([sums], entries, offsets, window, None, "sample")
+    assert window.isfinite().logical_not().nonzero().flatten().tolist() == [at]
+    window.copy_(before)
+    arguments = ("sum", None, None, torch.tensor(False))
+    emulated.accumulate_importance([torch.ones(rows, 300)], entries, offsets, window, counts, *arguments)
+    assert torch.equal(window, before)
+    assert counts.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("position", [-1, 5, 2**40])
+def test_a_position_that_does_not_exist_is_nan_in_its_unit(emulated: Ops, position: int, rows: int) -> None:
+    sums = [torch.ones(rows, 2), torch.ones(rows, 3)]
+    entries, offsets, window = torch.tensor([0, position, 4, 3]), torch.tensor([0, 1, 3, 4]), torch.zeros(3)
+    emulated.accumulate_importance(sums, entries, offsets, window, None, "sum")
+    assert window.isnan().tolist() == [False, True, False]
+
+
+def test_the_order_of_threads_changes_no_bit_of_the_units(emulated: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    def everything() -> list[Tensor]:
+        found = []
+        for case in cases.UNITS:
+            sums, entries, offsets, window = cases.make_units(case, torch.float32)
+            counts = torch.zeros(2, dtype=torch.int64)
+            emulated.accumulate_importance(sums, entries, offsets, window, counts, "sample")
+            found += [window, counts]
+        return found
+
+    forward = everything()
+    monkeypatch.setenv("EMULATED_ORDER", "1")
+    assert all(torch.equal(a, b) for a, b in zip(forward, everything(), strict=True))

@@ -14,7 +14,7 @@ from tests.ops.checks import BACKENDS, each_backend, ops_of
 # Positions 0 1 2 | 3 4 of two tensors; units {0, 3}, {}, {1, 4, 4}.
 SUMS = [torch.tensor([[1.0, 2.0, 3.0], [-2.0, 0.0, 1.0]]), torch.tensor([[5.0, -1.0], [1.0, 4.0]])]
 ENTRIES, OFFSETS = torch.tensor([0, 3, 1, 4, 4]), torch.tensor([0, 2, 2, 5])
-# t = [[6, 0, 0], [-1, 0, 8]]
+# Their sums, example by example: 6 0 0 and -1 0 8.
 BY_HAND = {"batch": [25.0, 0.0, 64.0], "sample": [37.0, 0.0, 64.0], "abs": [7.0, 0.0, 8.0], "sum": [5.0, 0.0, 8.0]}
 
 
@@ -97,7 +97,7 @@ def test_stale_saved_tensors_are_noticed() -> None:
     for changed in range(2):
         window, counts = fresh()
         inputs = (window, counts.double())
-        saved = (torch.ones(inputs[changed].shape, dtype=inputs[changed].dtype, requires_grad=True) * inputs[changed])
+        saved = torch.ones(inputs[changed].shape, dtype=inputs[changed].dtype, requires_grad=True) * inputs[changed]
         if changed == 0:
             accumulate_importance(SUMS, ENTRIES, OFFSETS, window, counts)
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):

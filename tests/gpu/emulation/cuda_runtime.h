@@ -30,6 +30,7 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 using std::fabs;
 using std::fma;
+using std::isfinite;
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
