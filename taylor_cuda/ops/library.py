@@ -102,7 +102,13 @@ def _fake_weight_importance(
     ]
 
 
+def _fake_keep_mask(scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    torch._check(keep.dim() == 0)
+    return scores.new_empty(scores.shape, dtype=torch.bool), scores.new_empty(())
+
+
 channel_importance = _define(reference.channel_importance, _fake_channel_importance)
 channel_sums = _define(reference.channel_sums, _fake_channel_sums)
 accumulate_channel_sums = _define(reference.accumulate_channel_sums, _fake_accumulate_channel_sums, mutates=("sums",))
 weight_importance = _define(reference.weight_importance, _fake_weight_importance)
+keep_mask = _define(reference.keep_mask, _fake_keep_mask)

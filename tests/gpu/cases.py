@@ -143,13 +143,14 @@ def difference(name: str, actual: Tensor, expected: Tensor, allowed: Tensor) -> 
 
 
 class Ops:
-    """The four ops of one implementation, by name."""
+    """The ops of one implementation, by name."""
 
     def __init__(self, namespace: object) -> None:
         self.channel_sums = getattr(namespace, "channel_sums", None)
         self.channel_importance = getattr(namespace, "channel_importance", None)
         self.accumulate_channel_sums = getattr(namespace, "accumulate_channel_sums", None)
         self.weight_importance = getattr(namespace, "weight_importance", None)
+        self.keep_mask = getattr(namespace, "keep_mask", None)
 
 
 def check_channel_ops(ops: Ops, activation: Tensor, gradient: Tensor, twice: bool = True) -> list[str]:
@@ -253,3 +254,31 @@ def check_weight_importance(
             found.append(difference(f"{reduction} {i} {tuple(weight.shape)} dim {dim}", result, terms.sum(1), allowed))
             found += [] if torch.equal(result, repeated) else [f"{reduction} {i}: two runs differ"]
     return [problem for problem in found if problem]
+
+
+def expected_mask(scores: Sequence[float], keep: int) -> list[bool]:
+    """The ``keep`` largest, as sorting with Python says; NaN before all numbers, then the lower index."""
+    order = sorted(
+        range(len(scores)), key=lambda i: (scores[i] == scores[i], -scores[i] if scores[i] == scores[i] else 0)
+    )
+    kept = set(order[: max(keep, 0)])
+    return [i in kept for i in range(len(scores))]
+
+
+def check_keep_mask(
+    keep_mask: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], scores: Tensor, keep: int
+) -> list[str]:
+    """What is wrong with one mask and its threshold, and between two runs."""
+    count = torch.tensor(keep, device=scores.device)
+    mask, threshold = keep_mask(scores, count)
+    again, repeated = keep_mask(scores, count)
+    values = scores.tolist()
+    wanted = expected_mask(values, keep)
+    kept = [value for value, stays in zip(values, wanted, strict=True) if stays]
+    missing = any(value != value for value in values)
+    least = torch.tensor(float("nan") if missing else min(kept, default=float("inf")), dtype=scores.dtype)
+    found = [] if mask.tolist() == wanted else [f"keep {keep} of {len(values)}: wrong mask"]
+    if not torch.allclose(threshold.cpu(), least, rtol=0, atol=0, equal_nan=True):
+        found.append(f"keep {keep} of {len(values)}: threshold {threshold.item()}, wanted {least.item()}")
+    same = torch.equal(mask, again) and torch.allclose(threshold, repeated, rtol=0, atol=0, equal_nan=True)
+    return found if same else [*found, "two runs differ"]

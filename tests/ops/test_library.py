@@ -30,6 +30,7 @@ SAMPLES: dict[str, list[tuple[object, ...]]] = {
     ],
     "accumulate_channel_sums": [(*PAIR, torch.zeros(4)), (*PAIR, torch.zeros(3, 4))],
     "weight_importance": [(*LISTS, reduction) for reduction in reference.WEIGHT_REDUCTIONS],
+    "keep_mask": [(torch.randn(9), torch.tensor(keep)) for keep in (0, 4)] + [(torch.randn(0), torch.tensor(1))],
 }
 
 
