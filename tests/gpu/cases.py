@@ -282,3 +282,16 @@ def check_keep_mask(
         found.append(f"keep {keep} of {len(values)}: threshold {threshold.item()}, wanted {least.item()}")
     same = torch.equal(mask, again) and torch.allclose(threshold, repeated, rtol=0, atol=0, equal_nan=True)
     return found if same else [*found, "two runs differ"]
+
+
+SPECIAL_SCORES = [0.0, -0.0, 1.0, -1.0, *(float(name) for name in ("inf", "-inf", "nan"))]
+SPECIAL_SCORES += [1e-45, -1e-45, 1.1754943508222875e-38, 3.4028234663852886e38]  # the ends of float32
+
+
+def make_scores(n: int, kinds: int, seed: int, device: str = "cpu") -> Tensor:
+    """Scores with ties, of up to so many different numbers, some of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(kinds, generator=generator)
+    special = torch.tensor(SPECIAL_SCORES)[:kinds]
+    values[: len(special)] = special
+    return values[torch.randint(kinds, (n,), generator=generator)].to(device)
