@@ -12,4 +12,5 @@ STABLE_TORCH_LIBRARY(taylor_cuda_native, m) {
       "accumulate_importance(Tensor[] sums, Tensor entries, Tensor offsets, Tensor(a!) window, Tensor(b!)? counts, "
       "str reduction=\"batch\", Tensor? scale=None, Tensor? added=None, Tensor? finite=None, float decay=1.0, "
       "float weight=1.0) -> ()");
+  m.def("keep_mask(Tensor scores, Tensor keep) -> (Tensor, Tensor)");
 }

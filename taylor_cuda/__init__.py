@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from taylor_cuda.errors import BudgetError, CheckpointError, CutError, InputError, TaylorError
 from taylor_cuda.graph import ChannelGroup, Groups, masked, trace
 from taylor_cuda.importance import Importance
-from taylor_cuda.ops import ScoreGate, channel_importance, channel_sums, score_gate, weight_importance
+from taylor_cuda.ops import ScoreGate, channel_importance, channel_sums, keep_mask, score_gate, weight_importance
 from taylor_cuda.planning import Plan, plan
 from taylor_cuda.pruner import Pruner, watch
 from taylor_cuda.surgery import cut, load, save
@@ -30,6 +30,7 @@ __all__ = [
     "channel_importance",
     "channel_sums",
     "cut",
+    "keep_mask",
     "load",
     "masked",
     "plan",

@@ -25,7 +25,14 @@ from taylor_cuda.ops import checks, reference
 Implementation = Callable[..., Any]
 
 NAMES = ("native", "triton", "reference")
-OPS = ("channel_importance", "channel_sums", "accumulate_channel_sums", "weight_importance", "accumulate_importance")
+OPS = (
+    "channel_importance",
+    "channel_sums",
+    "accumulate_channel_sums",
+    "weight_importance",
+    "accumulate_importance",
+    "keep_mask",
+)
 
 # Best first. The order for CUDA is a presumption until a GPU run shows otherwise, op by op; such a row goes into
 # PREFERENCE_OF_OP.

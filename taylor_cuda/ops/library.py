@@ -122,6 +122,9 @@ def _fake_accumulate_importance(
     sums: Sequence[Tensor], entries: Tensor, offsets: Tensor, window: Tensor, *others: Any
 ) -> None:
     checks.check_units(sums, entries, offsets, window, *others[:5])
+def _fake_keep_mask(scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    torch._check(keep.dim() == 0)
+    return scores.new_empty(scores.shape, dtype=torch.bool), scores.new_empty(())
 
 
 channel_importance = _define(reference.channel_importance, _fake_channel_importance)
@@ -131,3 +134,4 @@ weight_importance = _define(reference.weight_importance, _fake_weight_importance
 accumulate_importance = _define(
     reference.accumulate_importance, _fake_accumulate_importance, mutates=("window", "counts"), placed_by=3
 )
+keep_mask = _define(reference.keep_mask, _fake_keep_mask)

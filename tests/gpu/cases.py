@@ -152,6 +152,7 @@ class Ops:
         self.accumulate_channel_sums = getattr(namespace, "accumulate_channel_sums", None)
         self.weight_importance = getattr(namespace, "weight_importance", None)
         self.accumulate_importance = getattr(namespace, "accumulate_importance", None)
+        self.keep_mask = getattr(namespace, "keep_mask", None)
 
 
 def check_channel_ops(ops: Ops, activation: Tensor, gradient: Tensor, twice: bool = True) -> list[str]:
@@ -336,3 +337,42 @@ def check_accumulate_importance(ops: Ops, name: str, dtype: torch.dtype, device:
             found += [] if torch.equal(after, free) else [f"{case}: not the same without counts"]
             found += [] if counts.tolist() == [5, 5] else [f"{case}: counts {counts.tolist()}"]
     return [problem for problem in found if problem]
+def expected_mask(scores: Sequence[float], keep: int) -> list[bool]:
+    """The ``keep`` largest, as sorting with Python says; NaN before all numbers, then the lower index."""
+    order = sorted(
+        range(len(scores)), key=lambda i: (scores[i] == scores[i], -scores[i] if scores[i] == scores[i] else 0)
+    )
+    kept = set(order[: max(keep, 0)])
+    return [i in kept for i in range(len(scores))]
+
+
+def check_keep_mask(
+    keep_mask: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], scores: Tensor, keep: int
+) -> list[str]:
+    """What is wrong with one mask and its threshold, and between two runs."""
+    count = torch.tensor(keep, device=scores.device)
+    mask, threshold = keep_mask(scores, count)
+    again, repeated = keep_mask(scores, count)
+    values = scores.tolist()
+    wanted = expected_mask(values, keep)
+    kept = [value for value, stays in zip(values, wanted, strict=True) if stays]
+    missing = any(value != value for value in values)
+    least = torch.tensor(float("nan") if missing else min(kept, default=float("inf")), dtype=scores.dtype)
+    found = [] if mask.tolist() == wanted else [f"keep {keep} of {len(values)}: wrong mask"]
+    if not torch.allclose(threshold.cpu(), least, rtol=0, atol=0, equal_nan=True):
+        found.append(f"keep {keep} of {len(values)}: threshold {threshold.item()}, wanted {least.item()}")
+    same = torch.equal(mask, again) and torch.allclose(threshold, repeated, rtol=0, atol=0, equal_nan=True)
+    return found if same else [*found, "two runs differ"]
+
+
+SPECIAL_SCORES = [0.0, -0.0, 1.0, -1.0, *(float(name) for name in ("inf", "-inf", "nan"))]
+SPECIAL_SCORES += [1e-45, -1e-45, 1.1754943508222875e-38, 3.4028234663852886e38]  # the ends of float32
+
+
+def make_scores(n: int, kinds: int, seed: int, device: str = "cpu") -> Tensor:
+    """Scores with ties, of up to so many different numbers, some of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(kinds, generator=generator)
+    special = torch.tensor(SPECIAL_SCORES)[:kinds]
+    values[: len(special)] = special
+    return values[torch.randint(kinds, (n,), generator=generator)].to(device)

@@ -36,6 +36,7 @@ SAMPLES: dict[str, list[tuple[object, ...]]] = {
         (SUMS, *UNITS, torch.zeros(2), None, "sample", torch.tensor(2.0)),
         ([], *UNITS, *torch.zeros(1, 2), torch.zeros(2, dtype=torch.int64), "sum", None, torch.ones(2)),
     ],
+    "keep_mask": [(torch.randn(9), torch.tensor(keep)) for keep in (0, 4)] + [(torch.randn(0), torch.tensor(1))],
 }
 
 
