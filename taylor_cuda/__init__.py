@@ -6,6 +6,15 @@ from taylor_cuda.errors import BudgetError, CheckpointError, CutError, InputErro
 from taylor_cuda.graph import ChannelGroup, Groups, masked, trace
 from taylor_cuda.importance import Importance
 from taylor_cuda.ops import ScoreGate, channel_importance, channel_sums, keep_mask, score_gate, weight_importance
+from taylor_cuda.ops import (
+    ScoreGate,
+    ScoreReLU,
+    channel_importance,
+    channel_sums,
+    score_gate,
+    score_relu,
+    weight_importance,
+)
 from taylor_cuda.planning import Plan, plan
 from taylor_cuda.pruner import Pruner, watch
 from taylor_cuda.surgery import cut, load, save
@@ -26,6 +35,7 @@ __all__ = [
     "Plan",
     "Pruner",
     "ScoreGate",
+    "ScoreReLU",
     "TaylorError",
     "channel_importance",
     "channel_sums",
@@ -36,6 +46,7 @@ __all__ = [
     "plan",
     "save",
     "score_gate",
+    "score_relu",
     "trace",
     "watch",
     "weight_importance",

@@ -32,6 +32,7 @@ OPS = (
     "weight_importance",
     "accumulate_importance",
     "keep_mask",
+    "score_relu_backward",
 )
 
 # Best first. The order for CUDA is a presumption until a GPU run shows otherwise, op by op; such a row goes into

@@ -81,6 +81,9 @@ def _redispatch_and_bump(name: str, changed: Sequence[int]) -> Callable[..., Any
         overload = getattr(torch.ops.taylor_cuda, name).default
         result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         _bump(args, changed)
+        for position in positions:
+            if position < len(args) and args[position] is not None:
+                torch.autograd.graph.increment_version(args[position])
         return result
 
     return run
@@ -125,6 +128,11 @@ def _fake_accumulate_importance(
 def _fake_keep_mask(scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     torch._check(keep.dim() == 0)
     return scores.new_empty(scores.shape, dtype=torch.bool), scores.new_empty(())
+def _fake_score_relu_backward(
+    output: Tensor, gradient: Tensor, sums: Tensor, skip: Tensor | None = None, skip_sums: Tensor | None = None
+) -> Tensor:
+    torch._check(output.shape == gradient.shape)
+    return torch.empty_like(output)
 
 
 channel_importance = _define(reference.channel_importance, _fake_channel_importance)
@@ -135,3 +143,4 @@ accumulate_importance = _define(
     reference.accumulate_importance, _fake_accumulate_importance, mutates=("window", "counts"), placed_by=3
 )
 keep_mask = _define(reference.keep_mask, _fake_keep_mask)
+score_relu_backward = _define(reference.score_relu_backward, _fake_score_relu_backward, mutates=("sums", "skip_sums"))

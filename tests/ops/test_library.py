@@ -37,6 +37,12 @@ SAMPLES: dict[str, list[tuple[object, ...]]] = {
         ([], *UNITS, *torch.zeros(1, 2), torch.zeros(2, dtype=torch.int64), "sum", None, torch.ones(2)),
     ],
     "keep_mask": [(torch.randn(9), torch.tensor(keep)) for keep in (0, 4)] + [(torch.randn(0), torch.tensor(1))],
+    "score_relu_backward": [
+        (*PAIR, torch.zeros(4)),
+        (*PAIR, torch.zeros(3, 4), PAIR[0], torch.zeros(3, 4)),
+        (PAIR[0].to(memory_format=torch.channels_last), PAIR[1], torch.zeros(4)),
+        (PAIR[0][:, :, ::2], PAIR[1][:, :, ::2], torch.zeros(4)),
+    ],
 }
 
 
