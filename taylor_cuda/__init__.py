@@ -5,12 +5,12 @@ from importlib.metadata import PackageNotFoundError, version
 from taylor_cuda.errors import BudgetError, CheckpointError, CutError, InputError, TaylorError
 from taylor_cuda.graph import ChannelGroup, Groups, masked, trace
 from taylor_cuda.importance import Importance
-from taylor_cuda.ops import ScoreGate, channel_importance, channel_sums, keep_mask, score_gate, weight_importance
 from taylor_cuda.ops import (
     ScoreGate,
     ScoreReLU,
     channel_importance,
     channel_sums,
+    keep_mask,
     score_gate,
     score_relu,
     weight_importance,

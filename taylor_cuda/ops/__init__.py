@@ -14,7 +14,6 @@ from taylor_cuda.errors import InputError
 from taylor_cuda.ops import backends, checks, library
 from taylor_cuda.ops.gate import ScoreGate, score_gate
 from taylor_cuda.ops.reference import CHANNEL_REDUCTIONS, UNIT_REDUCTIONS, WEIGHT_REDUCTIONS
-from taylor_cuda.ops.reference import CHANNEL_REDUCTIONS, WEIGHT_REDUCTIONS
 from taylor_cuda.ops.relu import ScoreReLU, score_relu
 
 __all__ = [
@@ -195,6 +194,8 @@ def accumulate_importance(
         # As above: every backend checks, and this says which argument it was.
         checks.check_units(*args[:9])
         raise
+
+
 def keep_mask(scores: Tensor, keep: int | Tensor) -> tuple[Tensor, Tensor]:
     """Mask of the ``keep`` largest scores, and the smallest score in it, without asking the host.
 
@@ -223,6 +224,8 @@ def keep_mask(scores: Tensor, keep: int | Tensor) -> tuple[Tensor, Tensor]:
         keep = scores.new_full((), min(max(keep, 0), scores.shape[0]), dtype=torch.int64)  # no copy from the host
     mask, threshold = library.keep_mask(scores, keep)
     return mask, threshold
+
+
 def score_relu_backward(
     output: Tensor, gradient: Tensor, sums: Tensor, skip: Tensor | None = None, skip_sums: Tensor | None = None
 ) -> Tensor:

@@ -154,6 +154,8 @@ def _check_beside(window: Tensor, value: object, name: str, dtype: torch.dtype, 
             f"{name}: wanted contiguous {dtype} of shape {shape}, got {value.dtype} {tuple(value.shape)} "
             f"with strides {value.stride()}"
         )
+
+
 def check_scores(scores: object) -> None:
     """Raise unless ``scores`` is ``[n]``, float32 or float64."""
     check_tensor(scores, "scores")
@@ -173,6 +175,8 @@ def check_keep(keep: object, scores: Tensor) -> None:
             raise InputError(f"keep: wanted it on {scores.device}, where scores is, got it on {keep.device}")
     elif not isinstance(keep, int) or isinstance(keep, bool):
         raise InputError(f"keep: wanted an int or a 0-d int64 tensor, got {type(keep).__name__}")
+
+
 def check_skip(x: Tensor, sums: Tensor, skip: Tensor | None, skip_sums: Tensor | None, name: str) -> None:
     """Raise unless ``skip`` lies beside ``x`` and ``skip_sums`` beside ``sums``; without a skip there are no sums."""
     if skip is None:

@@ -81,9 +81,6 @@ def _redispatch_and_bump(name: str, changed: Sequence[int]) -> Callable[..., Any
         overload = getattr(torch.ops.taylor_cuda, name).default
         result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         _bump(args, changed)
-        for position in positions:
-            if position < len(args) and args[position] is not None:
-                torch.autograd.graph.increment_version(args[position])
         return result
 
     return run
@@ -91,9 +88,10 @@ def _redispatch_and_bump(name: str, changed: Sequence[int]) -> Callable[..., Any
 
 def _bump(args: Sequence[Any], changed: Sequence[int]) -> None:
     """Tell autograd that arguments changed, as in-place ops of PyTorch do, so that a stale saved tensor raises."""
-    for position in changed:
-        if args[position] is not None and not args[position].is_inference():
-            torch.autograd.graph.increment_version(args[position])
+    given = [args[position] for position in changed if position < len(args)]  # the dispatcher leaves defaults out
+    for tensor in given:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _fake_channel_importance(activation: Tensor, gradient: Tensor, reduction: str = "batch") -> Tensor:
@@ -125,9 +123,13 @@ def _fake_accumulate_importance(
     sums: Sequence[Tensor], entries: Tensor, offsets: Tensor, window: Tensor, *others: Any
 ) -> None:
     checks.check_units(sums, entries, offsets, window, *others[:5])
+
+
 def _fake_keep_mask(scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     torch._check(keep.dim() == 0)
     return scores.new_empty(scores.shape, dtype=torch.bool), scores.new_empty(())
+
+
 def _fake_score_relu_backward(
     output: Tensor, gradient: Tensor, sums: Tensor, skip: Tensor | None = None, skip_sums: Tensor | None = None
 ) -> Tensor:

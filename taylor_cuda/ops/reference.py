@@ -147,6 +147,8 @@ def _unit_values(
     elif reduction == "abs":
         joint = joint.abs()
     return joint.sum(dim=1)
+
+
 def keep_mask(scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """Mask ``[n]`` of the ``keep`` largest scores, and the smallest score in it.
 
@@ -169,6 +171,8 @@ def keep_mask(scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     threshold = torch.where(last < 0, last ^ highest, last).view(scores.dtype).reshape(())
     threshold = threshold.masked_fill(count == 0, float("inf"))
     return mask, threshold.masked_fill(scores.isnan().any(), float("nan"))
+
+
 def score_relu_backward(
     output: Tensor, gradient: Tensor, sums: Tensor, skip: Tensor | None = None, skip_sums: Tensor | None = None
 ) -> Tensor:

@@ -338,6 +338,8 @@ def check_accumulate_importance(ops: Ops, name: str, dtype: torch.dtype, device:
             found += [] if torch.equal(after, free) else [f"{case}: not the same without counts"]
             found += [] if counts.tolist() == [5, 5] else [f"{case}: counts {counts.tolist()}"]
     return [problem for problem in found if problem]
+
+
 def expected_mask(scores: Sequence[float], keep: int) -> list[bool]:
     """The ``keep`` largest, as sorting with Python says; NaN before all numbers, then the lower index."""
     order = sorted(
@@ -377,6 +379,8 @@ def make_scores(n: int, kinds: int, seed: int, device: str = "cpu") -> Tensor:
     special = torch.tensor(SPECIAL_SCORES)[:kinds]
     values[: len(special)] = special
     return values[torch.randint(kinds, (n,), generator=generator)].to(device)
+
+
 def make_relu(name: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """A ReLU's output and its gradient in a named layout, and a skip connection that lies as the output does."""
     output, gradient = make_pair(name, dtype, seed, device)
