@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(taylor_cuda_native, m) {
       "str reduction=\"batch\", Tensor? scale=None, Tensor? added=None, Tensor? finite=None, float decay=1.0, "
       "float weight=1.0) -> ()");
   m.def("keep_mask(Tensor scores, Tensor keep) -> (Tensor, Tensor)");
+  m.def(
       "score_relu_backward(Tensor output, Tensor gradient, Tensor(a!) sums, Tensor? skip=None, "
       "Tensor(b!)? skip_sums=None) -> Tensor");
 }
