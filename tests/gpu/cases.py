@@ -166,6 +166,11 @@ def check_channel_ops(ops: Ops, activation: Tensor, gradient: Tensor, twice: boo
         found.append(difference(reduction, result, *importance_of(terms, reduction, eps)))
         if twice and not torch.equal(result, ops.channel_importance(activation, gradient, reduction)):
             found.append(f"{reduction}: two runs differ")
+    rows = ops.channel_importance(activation, gradient, "all")
+    for row, reduction in zip(rows, REDUCTIONS, strict=True):
+        found.append(difference(f"{reduction} of all", row, *importance_of(terms, reduction, eps)))
+    if twice and not torch.equal(rows, ops.channel_importance(activation, gradient, "all")):
+        found.append("all: two runs differ")
     for shape, total, error in ((sums.shape, expected, allowed), (sums.shape[1:], expected.sum(0), allowed.sum(0))):
         before = (
             torch.linspace(-1, 1, max(total.numel(), 1), dtype=sums.dtype)[: total.numel()].view(shape).to(sums.device)
