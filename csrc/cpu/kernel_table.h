@@ -36,6 +36,7 @@ struct Piece {
   const Loop* loops = nullptr;
   int loop_count = 0;
   int64_t outer = 1;  // positions of the loops: without the innermost one, except for kColumns
+  int64_t plane = 0;  // from the sums of one term to those of the next
 };
 
 using Kernel = void (*)(const void* a, const void* g, const Piece& piece, double* out);

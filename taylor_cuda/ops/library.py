@@ -96,7 +96,8 @@ def _bump(args: Sequence[Any], changed: Sequence[int]) -> None:
 
 def _fake_channel_importance(activation: Tensor, gradient: Tensor, reduction: str = "batch") -> Tensor:
     torch._check(activation.shape == gradient.shape)
-    return activation.new_empty(activation.shape[1], dtype=reference.result_dtype(activation.dtype))
+    rows = (len(reference.CHANNEL_REDUCTIONS),) if reduction == "all" else ()
+    return activation.new_empty((*rows, activation.shape[1]), dtype=reference.result_dtype(activation.dtype))
 
 
 def _fake_channel_sums(activation: Tensor, gradient: Tensor) -> Tensor:

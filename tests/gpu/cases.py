@@ -94,6 +94,15 @@ PAIRS: dict[str, Callable[[Source], tuple[Tensor, Tensor]]] = {
 }
 
 
+# Layouts in which every kernel keeps samples apart for every reduction and splits no sum, and those of [N, C], where
+# none keeps them apart: "all" has the bits of the four reductions there.
+CUT_ALIKE = (
+    *("nchw 7x7", "nchw 8x8", "nchw 14x14", "nchw cropped", "channels cut", "nchw 1x1", "nhwc cropped"),
+    *("rows cut", "one off", "every second", "two layouts", "[N, C]", "[N, C] odd", "[N, C, L]"),
+    *("every second channel", "5d", "5d cropped", "9d cropped", "no samples", "no pixels", "no channels"),
+)
+
+
 def make_pair(name: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Activation and gradient of a named layout."""
     return PAIRS[name](source(dtype, seed, device))
@@ -169,6 +178,11 @@ def check_channel_ops(ops: Ops, activation: Tensor, gradient: Tensor, twice: boo
         found.append(difference(reduction, result, *importance_of(terms, reduction, eps)))
         if twice and not torch.equal(result, ops.channel_importance(activation, gradient, reduction)):
             found.append(f"{reduction}: two runs differ")
+    rows = ops.channel_importance(activation, gradient, "all")
+    for row, reduction in zip(rows, REDUCTIONS, strict=True):
+        found.append(difference(f"{reduction} of all", row, *importance_of(terms, reduction, eps)))
+    if twice and not torch.equal(rows, ops.channel_importance(activation, gradient, "all")):
+        found.append("all: two runs differ")
     for shape, total, error in ((sums.shape, expected, allowed), (sums.shape[1:], expected.sum(0), allowed.sum(0))):
         before = (
             torch.linspace(-1, 1, max(total.numel(), 1), dtype=sums.dtype)[: total.numel()].view(shape).to(sums.device)

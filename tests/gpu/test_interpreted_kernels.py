@@ -35,3 +35,7 @@ def test_channel_ops_match_float64(problems: dict[str, list[str]], layout: str, 
 
 def test_nan_stays_in_its_channel(problems: dict[str, list[str]]) -> None:
     assert problems["nan"] == []
+
+
+def test_all_reductions_at_once_are_the_same_bits(problems: dict[str, list[str]]) -> None:
+    assert problems["same bits"] == []

@@ -12,10 +12,9 @@ import pytest
 
 from tests.gpu import emulator, sass
 
-# Kernels with 16-byte loads: columns (at one stride, at several), rows, packed rows of four types; six pairs of types.
-WIDE_KERNELS = {"accumulate_channel_sums": 0, "channel_importance": 16, "channel_sums": 16, "weight_importance": 6}
-WIDE_KERNELS["accumulate_importance"] = 0  # gathers
-WIDE_KERNELS = {"channel_importance": 16, "channel_sums": 16, "weight_importance": 6}
+# Kernels with 16-byte loads: columns (at one stride, at several), rows, packed rows of four types; of other terms than
+# the product, of two terms at once, and of three (columns at one stride only); six pairs of types.
+WIDE_KERNELS = {"channel_importance": 16 + 16 + 4, "channel_sums": 16, "weight_importance": 6}
 SOURCES = sorted((emulator.ROOT / "csrc" / "cuda").glob("*.cu"))
 WIDE = re.compile(r"(column_sums|row_sums|packed_sums)_kernelI\w+?Li[248]E|\d(weights)_kernelI")
 

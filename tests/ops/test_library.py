@@ -23,7 +23,7 @@ PAIR = (torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5))
 LISTS = ([torch.randn(3, 4, 2, 2), torch.randn(5)], [torch.randn(3, 4, 2, 2), torch.randn(5)], [1, 0])
 SUMS, UNITS = [torch.randn(3, 4), torch.randn(3, 2)], (torch.tensor([0, 5, 2]), torch.tensor([0, 2, 3]))
 SAMPLES: dict[str, list[tuple[object, ...]]] = {
-    "channel_importance": [(*PAIR, reduction) for reduction in reference.CHANNEL_REDUCTIONS],
+    "channel_importance": [(*PAIR, reduction) for reduction in (*reference.CHANNEL_REDUCTIONS, "all")],
     "channel_sums": [
         PAIR,
         tuple(tensor.to(memory_format=torch.channels_last) for tensor in PAIR),
