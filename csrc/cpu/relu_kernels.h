@@ -50,6 +50,17 @@ TAYLOR_INLINE void step_one(const T* output, const T* gradient, const T* skip, T
   if constexpr (skips) skip_sum += product(*skip, *gx);
 }
 
+// The sum of one row while it is read.
+struct LaneSums {
+  Double8 s0{}, s1{}, s2{}, s3{};
+  double tail = 0;
+};
+
+TAYLOR_INLINE double sum_of(const LaneSums& sums) {
+  const Double8 s = (sums.s0 + sums.s1) + (sums.s2 + sums.s3);
+  return (((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]))) + sums.tail;
+}
+
 template <bool skips, typename T>
 TAYLOR_TARGET void relu_rows(const ReluWork& work, const ReluPiece& piece, double* sums, double* skip_sums) {
   const int64_t channels = work.channel.size, length = work.position.size;
@@ -60,7 +71,7 @@ TAYLOR_TARGET void relu_rows(const ReluWork& work, const ReluPiece& piece, doubl
     const T* g = static_cast<const T*>(work.gradient) + n * work.sample.stride_g + c * work.channel.stride_g;
     const T* s = skips ? static_cast<const T*>(work.skip) + at : o;
     T* gx = static_cast<T*>(work.gx) + at;
-    RowSum sum, skip;
+    LaneSums sum, skip;
     int64_t i = 0;
     for (; i + 32 <= length; i += 32) {
       step<skips>(o + i, g + i, s + i, gx + i, sum.s0, skip.s0);
@@ -70,8 +81,8 @@ TAYLOR_TARGET void relu_rows(const ReluWork& work, const ReluPiece& piece, doubl
     }
     for (; i + 8 <= length; i += 8) step<skips>(o + i, g + i, s + i, gx + i, sum.s0, skip.s0);
     for (; i < length; ++i) step_one<skips>(o + i, g + i, s + i, gx + i, sum.tail, skip.tail);
-    sums[r] = total(sum);
-    if (skips) skip_sums[r] = total(skip);
+    sums[r] = sum_of(sum);
+    if (skips) skip_sums[r] = sum_of(skip);
     if (++c == channels) {
       c = 0;
       ++n;
