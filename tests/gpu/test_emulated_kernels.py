@@ -122,7 +122,7 @@ def test_relu_is_the_same_in_another_order_of_threads(
     assert all(map(torch.equal, *runs))
 
 
-@pytest.mark.parametrize("layout", ["nchw 7x7", "nchw 33x31", "nhwc 7x7", "nhwc 13 channels", "[N, C] odd"])
+@pytest.mark.parametrize("layout", ["nchw 7x7", "nchw 24x24", "nhwc 7x7", "nhwc 13 channels", "[N, C] odd"])
 def test_nan_stays_in_its_channel_of_the_relu(emulated: Ops, layout: str) -> None:
     output, gradient, skip = cases.make_relu(layout, torch.float32)
     output[-1, 2].view(-1)[-1] = gradient[0, 1].view(-1)[0] = skip[0, 3].view(-1)[0] = float("nan")
