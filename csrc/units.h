@@ -46,9 +46,9 @@ inline void check_beside(const Tensor& window, const Tensor& other, ScalarType t
 
 inline void check_units(const UnitArguments& a) {
   const ScalarType type = a.window.scalar_type();
-  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) && a.window.dim() == 1 &&
-                      a.window.is_contiguous(),
-                  "accumulate_importance: window must be a contiguous float32 or float64 vector");
+  STD_TORCH_CHECK(
+      (type == ScalarType::Float || type == ScalarType::Double) && a.window.dim() == 1 && a.window.is_contiguous(),
+      "accumulate_importance: window must be a contiguous float32 or float64 vector");
   check_beside(a.window, a.entries, ScalarType::Long, a.entries.numel(), "entries");
   check_beside(a.window, a.offsets, ScalarType::Long, a.units() + 1, "offsets");
   if (a.counts) check_beside(a.window, *a.counts, ScalarType::Long, 2, "counts");

@@ -156,7 +156,7 @@ class Pruner:
             return
         self.importance.backward(loss, outputs, scaler=scaler, accumulate=accumulate)
 
-    def update(self, grad_scale: float = 1.0, unscaled: bool = False) -> None:
+    def update(self, grad_scale: float | Tensor = 1.0, unscaled: bool = False) -> None:
         """Instead of ``backward``: take the scores between one's own ``loss.backward()`` and ``optimizer.step()``.
 
         With a ``GradScaler``: ``update(scaler.get_scale())`` before ``scaler.unscale_(optimizer)``,
@@ -339,6 +339,7 @@ def watch(
     groups = trace(replicas.module, example_inputs, ignore=ignore)
     importance = Importance(replicas.module, groups, criterion, source=source, process_group=replicas.group)
     mine = {id(parameter) for parameter in model.parameters()}
+    one = torch.ones((), device=next(model.parameters()).device)
     owner: list[int] = []
 
     def before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -347,9 +348,9 @@ def watch(
         if owner and owner[0] == id(optimizer):
             # a fused optimizer unscales in its own kernel: its GradScaler tells it the factor, and always calls step()
             carried = getattr(optimizer, "grad_scale", None)
-            factor = carried if scaler is None else scaler.get_scale()
+            factor = carried if scaler is None else scaler.scale(one)
             scaled = scaler is not None or hasattr(optimizer, "found_inf")
-            importance.update(1.0 if factor is None else float(factor), unscaled=scaled and carried is None)
+            importance.update(1.0 if factor is None else factor, unscaled=scaled and carried is None)
 
     handle = register_optimizer_step_pre_hook(before_step)
     try:

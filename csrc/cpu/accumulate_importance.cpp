@@ -93,15 +93,13 @@ void run(const UnitArguments& a) {
   if (a.counts) static_cast<int64_t*>(a.counts->mutable_data_ptr())[good ? 0 : 1] += 1;
   if (!good && a.counts) return;
   for (int64_t u = 0; u < a.units(); ++u) {
-    window[u] =
-        static_cast<T>(a.decay * static_cast<double>(window[u]) + a.weight * static_cast<double>(values[u]));
+    window[u] = static_cast<T>(a.decay * static_cast<double>(window[u]) + a.weight * static_cast<double>(values[u]));
   }
 }
 
 void accumulate_importance_cpu(std::vector<Tensor> sums, Tensor entries, Tensor offsets, Tensor window,
                                std::optional<Tensor> counts, std::string reduction, std::optional<Tensor> scale,
-                               std::optional<Tensor> added, std::optional<Tensor> finite, double decay,
-                               double weight) {
+                               std::optional<Tensor> added, std::optional<Tensor> finite, double decay, double weight) {
   const UnitArguments a{std::move(sums), entries, offsets, window, counts, unit_reduction(reduction),
                         scale,           added,   finite,  decay,  weight};
   check_units(a);

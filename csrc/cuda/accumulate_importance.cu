@@ -1,5 +1,6 @@
-// Computes     t[n, u] = sum_k s[n, entries[k]] / scale over the entries of unit u, v[u] of them, and if every v is finite
-//              window = decay*window + weight*v, else nothing; which of the two is counted     see ops/reference.py
+// Computes     window = decay*window + weight*v and counts[0] += 1 if every v[u] is finite, else counts[1] += 1, where
+//              v[u] comes from t[n, u] = sum_k s[n, entries[k]] / scale over the entries of unit u
+//                                                                         see ops/reference.py
 // Shapes       sums_i [C_i] or [N, C_i], side by side s [N, P]; entries [E], offsets [U + 1], window [U], counts [2]
 // Strides      contiguous
 // Dtypes       sums, scale, added, window: fp32 or fp64 (equal); entries, offsets, counts: int64; finite: bool
@@ -255,9 +256,10 @@ void run(const UnitArguments& a, cudaStream_t stream) {
     launch_values<T, kManySums>(a, p, blocks, stream);
   }
   if (!a.counts) return;
-  const unsigned groups = grid_size(std::max<int64_t>(1, ceil_div<int64_t>(p.units, kThreads)), "accumulate_importance");
+  const unsigned groups =
+      grid_size(std::max<int64_t>(1, ceil_div<int64_t>(p.units, kThreads)), "accumulate_importance");
   apply_values_kernel<T><<<groups, kThreads, 0, stream>>>(p, blocks, pointer_to<bool>(a.finite),
-                                                         static_cast<int64_t*>(a.counts->mutable_data_ptr()));
+                                                          static_cast<int64_t*>(a.counts->mutable_data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -15,8 +15,8 @@ from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
 from taylor_cuda.importance.activations import ForwardPass, ReaderSums
 from taylor_cuda.importance.criteria import Source, check_norm_term, check_source, find_criterion
-from taylor_cuda.importance.examples import mean_magnitude, sum_of_squares
-from taylor_cuda.importance.units import Place, UnitSums, split_by_group
+from taylor_cuda.importance.examples import batch_sums, example_sums
+from taylor_cuda.importance.units import UnitSums, scalar_beside, split_by_group
 
 
 class Importance:
@@ -90,8 +90,13 @@ class Importance:
         groups = list(self._groups)
         from_sites = [group for group in groups if self._needs_activations(group)]
         self._site_groups = {group.name for group in from_sites}
-        self._from_parameters = UnitSums(groups, self._parameter_members, self._length)
-        self._from_sites = UnitSums(groups, self._site_members, self._length)
+        self._units = UnitSums(groups, (self._parameter_members, self._site_members), self._length)
+        at_parameters, at_sites = self._units.places
+        self._weights, self._dims = (
+            [self._tensors[name] for name, _ in at_parameters],
+            [dim for _, dim in at_parameters],
+        )
+        self._readers = [name for name, _ in at_sites]
         if from_sites and self._sites is None:
             weights = {member.tensor for group in from_sites for member in group.role("read")}
             norms = {member.tensor for group in from_sites for member in self._norm_members(group)}
@@ -151,14 +156,11 @@ class Importance:
         self.accumulating = accumulate
         if accumulate:
             return
-        if scaler is None:
-            self.update()
-            return
-        scale = scaler.get_scale()
-        self.update(scale, unscaled=scale == 1.0)
+        # get_scale() would wait for the device; what it says is also what the scaler makes of a 1.
+        self.update(1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device)))
 
     @torch.no_grad()
-    def update(self, grad_scale: float = 1.0, unscaled: bool = False) -> None:
+    def update(self, grad_scale: float | Tensor = 1.0, unscaled: bool = False) -> None:
         """Take the scores of one optimizer step from the gradients as they are now.
 
         With a ``GradScaler`` say where this stands: ``update(scaler.get_scale())`` before
@@ -166,84 +168,96 @@ class Importance:
         in either case. The step is left out if any gradient of the model overflowed: the scaler will skip it.
 
         Args:
-            grad_scale: factor that the loss was multiplied by.
+            grad_scale: factor that the loss was multiplied by: a number, or a scalar tensor, which is not read on the
+                host (``scaler.scale(torch.ones((), device=…))`` is one, where ``get_scale()`` waits for the GPU).
             unscaled: parameter gradients don't carry it any more (what was summed from activations always does).
         """
         self.accumulating = False
         if not self.criterion.gradient:
             return
-        measure = self._gate_values if self.criterion.gate else self._other_values
-        values = measure(1.0 if unscaled else grad_scale, grad_scale)
-        finite = values.isfinite().all()
-        if unscaled or grad_scale != 1.0:
-            finite = finite & self._gradients_are_finite()
-        if self._window is None or self._counts is None:
-            self._window = torch.zeros_like(values)
-            self._counts = torch.zeros(2, dtype=torch.int64, device=values.device)
-        # Decided on the device: a step that is skipped costs no synchronisation either.
-        self._window += torch.where(finite, values, values.new_zeros(()))
-        self._counts += torch.stack((finite, ~finite))
+        by_scaler = unscaled or isinstance(grad_scale, Tensor) or grad_scale != 1.0
+        finite = self._gradients_are_finite() if by_scaler else None
+        if self.criterion.gate:
+            self._add_gates(grad_scale, unscaled, finite)
+        elif self.criterion.per_example:
+            self._add_examples(grad_scale, finite)
+        else:
+            # Squares carry the square of the factor.
+            self._add(self._weight_times_gradient("square"), "sum", 1.0 if unscaled else grad_scale**2, finite)
 
-    def _gradients_are_finite(self) -> Tensor:
-        gradients = [_gradient(parameter) for parameter in self._model.parameters() if parameter.grad is not None]
+    def _gradients_are_finite(self) -> Tensor | None:
+        gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        if not gradients:
+            return None
         dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
         return torch.nn.utils.get_total_norm(dense, norm_type=float("inf")).isfinite()
 
-    def _gate_values(self, at_parameters: float, at_sites: float) -> Tensor:
-        """(dE/dz)² of every unit: what parameters give plus what the sites give, both signed, then squared.
+    def _add_gates(self, grad_scale: float | Tensor, unscaled: bool, finite: Tensor | None) -> None:
+        """(dE/dz)² of every unit: what parameters give beside what the sites give, both signed, then squared."""
+        sums = self._weight_times_gradient("sum") if self._weights else []
+        at_sites: list[Tensor] = []
+        if self._readers:
+            at_sites = batch_sums(self._finished_passes(), self._readers, self._units)
+            if world_size(self._ranks) > 1:
+                at_sites = [mean(torch.cat(at_sites), self._ranks)]
+        if sums and unscaled:
+            factor = scalar_beside(grad_scale, sums[0])
+            at_sites = at_sites if factor is None or not at_sites else list(torch._foreach_div(at_sites, factor))
+            grad_scale = 1.0
+        self._add([*sums, *at_sites], "batch", grad_scale, finite)
 
-        Args:
-            at_parameters: factor that parameter gradients carry.
-            at_sites: factor that the gradients of activations carried.
-        """
-        total: Tensor | None = None
-        if len(self._site_groups) < len(self._sizes):
-            total = self._from_parameters(self._weight_times_gradient("sum")) / at_parameters
-        if self._sites is not None:
-            vectors: dict[Place, Tensor] = {}
-            for forward in self._finished_passes():
-                for name, sums in forward.sums.items():
-                    place = self._read_place[name]
-                    vectors[place] = vectors[place] + sums if place in vectors else sums
-            from_sites = mean(self._from_sites(vectors), self._ranks) / at_sites
-            total = from_sites if total is None else total + from_sites.to(total)
-        assert total is not None
-        return total.square()
-
-    def _other_values(self, at_parameters: float, at_sites: float) -> Tensor:
-        if not self.criterion.per_example:
-            return self._from_parameters(self._weight_times_gradient("square")) / at_parameters**2
+    def _add_examples(self, grad_scale: float | Tensor, finite: Tensor | None) -> None:
+        """Σ_n t², or mean_n |t / L| over its norm in the group."""
+        squared, ranks = self.criterion.name == "taylor_fg", world_size(self._ranks)
         passes = self._finished_passes()
-        squared = self.criterion.name == "taylor_fg"
-        measure = sum_of_squares if squared else mean_magnitude
-        values = mean(torch.cat([measure(group, passes) for group in self._groups]), self._ranks)
+        sums = example_sums(self._groups, passes, self._readers, self._units, mean=not squared)
+        if squared and ranks == 1:
+            self._add(sums, "sample", grad_scale, finite)
+            return
+        values = self._units.values(sums, "sample", grad_scale) if squared else self._units.values(sums, "abs")
         # The loss of all ranks is the mean of theirs: an example's t is 1 / ranks of what its rank measured, which for
         # sums of squares leaves one such factor beside the mean, and for means of magnitudes gives one.
-        values = values / world_size(self._ranks)
-        if squared:
-            return values / at_sites**2
-        by_group = split_by_group(values, self._sizes)
-        return torch.cat([value / (value.norm() + 1e-8) for value in by_group.values()])
+        values = mean(values, self._ranks) / ranks
+        if not squared:
+            norms = torch.stack(torch._foreach_norm(values.split(list(self._sizes.values()))))
+            values = values / (norms + 1e-8)[self._units.group_of]
+        self._add([], "sum", 1.0, finite, values)
 
-    def _weight_times_gradient(self, reduction: str) -> dict[Place, Tensor]:
-        """Σ w·g (or its squares) along every place that has a gradient, in one launch."""
-        places = [place for place in self._from_parameters.places if self._tensors[place[0]].grad is not None]
-        if not places:
+    def _add(
+        self,
+        sums: Sequence[Tensor],
+        reduction: str,
+        scale: float | Tensor,
+        finite: Tensor | None,
+        added: Tensor | None = None,
+    ) -> None:
+        """Count this step in or leave it out. Decided on the device: a step costs no synchronisation."""
+        if self._window is None or self._counts is None:
+            self._window = self._units.new_window(sums if added is None else [added])
+            self._counts = torch.zeros(2, dtype=torch.int64, device=self._window.device)
+        self._units.accumulate(sums, self._window, self._counts, reduction, scale, added, finite)
+
+    def _weight_times_gradient(self, reduction: str) -> list[Tensor]:
+        """Σ w·g (or its squares) along every place of parameters, in one launch; zeros where there is no gradient."""
+        gradients = [weight.grad for weight in self._weights]
+        there = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        if not there:
             raise InputError(
                 "no gradients yet on any parameter the importance is taken from: call est.backward(loss), or "
                 "loss.backward() and then est.update() before optimizer.zero_grad()"
             )
-        weights = [self._tensors[name].detach() for name, _ in places]
-        gradients = [_gradient(self._tensors[name]) for name, _ in places]
-        results = ops.weight_importance(weights, gradients, [dim for _, dim in places], reduction)
-        return dict(zip(places, results, strict=True))
-
-    @property
-    def _read_place(self) -> dict[str, Place]:
-        return {name: (name, dim) for name, dim in self._from_sites.places}
+        present = [gradient for gradient in gradients if gradient is not None]
+        if len(present) == len(gradients):
+            return ops.weight_importance(self._weights, present, self._dims, reduction)
+        found: list[Tensor | None] = [None] * len(gradients)
+        weights, dims = [self._weights[i] for i in there], [self._dims[i] for i in there]
+        for i, result in zip(there, ops.weight_importance(weights, present, dims, reduction), strict=True):
+            found[i] = result
+        return self._units.completed(0, found)
 
     def _finished_passes(self) -> list[ForwardPass]:
-        assert self._sites is not None
+        if self._sites is None:
+            raise InputError(f"{self.criterion.name!r} from activations: close() has taken the gates out of the model")
         passes = [forward for forward in self._sites.take() if forward.sums]
         if not passes:
             raise InputError(
@@ -296,13 +310,8 @@ class Importance:
             for group in self._groups:
                 if not _scales(group):
                     raise InputError(f"criterion='bn_scale': group {group.name!r} has no normalisation with a scale")
-            scales = {place: self._tensors[place[0]].detach().abs() for place in self._from_parameters.places}
-            counts = {place: torch.ones_like(scale) for place, scale in scales.items()}
-            return self._from_parameters(scales) / self._from_parameters(counts)
-        places = self._from_parameters.places
-        weights = [self._tensors[name].detach() for name, _ in places]
-        norms = ops.weight_importance(weights, weights, [dim for _, dim in places], "sum")
-        return self._from_parameters(dict(zip(places, norms, strict=True)))
+            return self._units.values([weight.abs() for weight in self._weights], "sum") / self._units.offsets.diff()
+        return self._units.values(ops.weight_importance(self._weights, self._weights, self._dims), "sum")
 
     # -- windows, cuts, state --------------------------------------------------
 
@@ -384,8 +393,3 @@ def _trained_gate(group: ChannelGroup, tensors: dict[str, Tensor]) -> tuple[Memb
 def _scales(group: ChannelGroup) -> tuple[Member, ...]:
     """The γ members of a group's normalisations."""
     return tuple(member for member in group.role("norm") if member.tensor.rpartition(".")[2] == "weight")
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad.detach()

@@ -1,8 +1,8 @@
-"""What per-example criteria make of t[n, unit], the Σ_l a·g of each example at the inputs of a unit's readers."""
+"""What forward passes left at the inputs of all readers, as the vectors that ``UnitSums`` takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,35 +10,84 @@ from torch import Tensor
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.groups import ChannelGroup
 from taylor_cuda.importance.activations import ForwardPass
+from taylor_cuda.importance.units import UnitSums
 
-__all__ = ["mean_magnitude", "sum_of_squares"]
-
-
-def sum_of_squares(group: ChannelGroup, passes: Sequence[ForwardPass]) -> Tensor:
-    """Σ_n t² of every unit, over all forward passes."""
-    return torch.stack([_examples(group, forward, mean=False).square().sum(0) for forward in passes]).sum(0)
+__all__ = ["batch_sums", "example_sums"]
 
 
-def mean_magnitude(group: ChannelGroup, passes: Sequence[ForwardPass]) -> Tensor:
-    """mean_n |t / L| of every unit, over all forward passes."""
-    return torch.cat([_examples(group, forward, mean=True) for forward in passes]).abs().mean(0)
+def batch_sums(passes: Sequence[ForwardPass], readers: Sequence[str], units: UnitSums) -> list[Tensor]:
+    """Σ_{n,l} a·g over all passes, ``[C_i]`` for each reader (the second source of ``units``); zeros where none ran."""
+    totals: Sequence[Tensor] = ()
+    for forward in passes:
+        found = units.completed(1, [forward.sums.get(name) for name in readers])
+        totals = torch._foreach_add(list(totals), found) if totals else found
+    return list(totals)
 
 
-def _examples(group: ChannelGroup, forward: ForwardPass, *, mean: bool) -> Tensor:
-    """t[n, unit] of one forward pass, added up over readers; with ``mean`` each reader's sum is divided by its L."""
-    total: Tensor | None = None
-    for member in group.role("read"):
-        sums = forward.sums.get(member.tensor)
-        if sums is None:
-            continue
-        t = sums[:, member.index.to(sums.device)].sum(dim=2)
-        t = t / forward.length[member.tensor] if mean else t
-        if total is not None and total.shape != t.shape:
+def example_sums(
+    groups: Iterable[ChannelGroup],
+    passes: Sequence[ForwardPass],
+    readers: Sequence[str],
+    units: UnitSums,
+    *,
+    mean: bool,
+) -> list[Tensor]:
+    """t[n, position], the Σ_l a·g of each example at all readers, the examples of all forward passes below one another.
+
+    A group's readers have one number of examples in a pass. Where other groups' have more, the rows they lack are
+    zeros, which no sum over examples notices.
+
+    Args:
+        groups: each has a reader in every pass.
+        passes: one of them at least.
+        readers: names of the weights.
+        units: the readers are its second source.
+        mean: divide each reader's sums by its L and its number of examples, so that sums over examples are means.
+
+    Returns:
+        ``[N, C_i]`` for each reader, or one ``[N, P]`` of all of them; contiguous.
+
+    Raises:
+        InputError: a group's readers saw several numbers of examples in one pass, or none of them ran.
+    """
+    by_pass = [
+        _completed(groups, forward, readers, units.lengths[1], [forward.sums.get(name) for name in readers])
+        for forward in passes
+    ]
+    if mean:
+        examples = {name: sum(len(forward.sums.get(name, ())) for forward in passes) for name in readers}
+        by_pass = [
+            list(torch._foreach_div(sums, [float(forward.length.get(n, 1) * max(examples[n], 1)) for n in readers]))
+            for forward, sums in zip(passes, by_pass, strict=True)
+        ]
+    if len(by_pass) == 1:
+        return by_pass[0]
+    return [torch.cat([torch.cat(sums, dim=1) for sums in by_pass])]
+
+
+def _completed(
+    groups: Iterable[ChannelGroup],
+    forward: ForwardPass,
+    readers: Sequence[str],
+    lengths: Sequence[int],
+    found: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """The sums of one pass with as many rows at every reader."""
+    there = [sums for sums in found if sums is not None]
+    rows = max(len(sums) for sums in there)
+    if len(there) == len(readers) and all(len(sums) == rows for sums in there):
+        return there
+    for group in groups:
+        counts = {len(forward.sums[m.tensor]): None for m in group.role("read") if m.tensor in forward.sums}
+        if not counts:
+            raise InputError(f"group {group.name!r}: none of its readers ran in the last forward pass")
+        if len(counts) > 1:
+            first, second, *_ = counts
             raise InputError(
-                f"group {group.name!r}: its readers see {total.shape[0]} and {t.shape[0]} examples in one forward "
-                "pass; per-example criteria need one batch size, use criterion='taylor_fo'"
+                f"group {group.name!r}: its readers see {first} and {second} examples in one forward pass; "
+                "per-example criteria need one batch size, use criterion='taylor_fo'"
             )
-        total = t if total is None else total + t
-    if total is None:
-        raise InputError(f"group {group.name!r}: none of its readers ran in the last forward pass")
-    return total
+    return [
+        there[0].new_zeros(rows, length) if sums is None else torch.nn.functional.pad(sums, (0, 0, 0, rows - len(sums)))
+        for sums, length in zip(found, lengths, strict=True)
+    ]

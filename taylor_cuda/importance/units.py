@@ -1,4 +1,4 @@
-"""From vectors over positions of tensors to one flat vector over units: one gather and one sum, however many layers."""
+"""From vectors over positions of tensors to one flat vector over units: one call, however many layers and groups."""
 
 from __future__ import annotations
 
@@ -7,61 +7,111 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from taylor_cuda import ops
 from taylor_cuda.graph.groups import ChannelGroup, Member
 
 Place = tuple[str, int]
 """A tensor's name and one of its dimensions."""
 
+Members = Callable[[ChannelGroup], Sequence[Member]]
+
 
 class UnitSums:
-    """Adds up, for every unit of ``groups``, the entries at all of its positions.
+    """Where the units of ``groups`` lie among vectors over positions, as ``ops.accumulate_importance`` wants it.
+
+    What sums over positions are made of may come from several sources (parameters, gates). The vectors of a source are
+    those of its places, in their order, and the sources follow one another.
 
     Args:
         groups: the groups, in the order of the result.
-        members: which members of each group count.
+        sources: for each source, which members of each group count.
         length: positions along one dimension of one tensor.
+
+    Attributes:
+        places: for each source, the places its members are in.
+        lengths: positions of each of them.
+        units: units of all groups.
+        entries: int64 ``[E]``, the positions of all units, counted through all sources.
+        offsets: int64 ``[units + 1]``: unit u has the entries from offsets[u] up to offsets[u + 1].
+        group_of: int64 ``[units]``: the group of each unit, by number.
     """
 
     def __init__(
-        self,
-        groups: Sequence[ChannelGroup],
-        members: Callable[[ChannelGroup], Sequence[Member]],
-        length: Callable[[str, int], int],
+        self, groups: Sequence[ChannelGroup], sources: Sequence[Members], length: Callable[[str, int], int]
     ) -> None:
-        self.places: list[Place] = []
-        self.start: list[int] = []
-        offset: dict[Place, int] = {}
+        self.places: list[list[Place]] = []
+        self.lengths: list[list[int]] = []
+        start: dict[tuple[int, Place], int] = {}
         total = 0
-        columns: list[Tensor] = []
+        for source, members in enumerate(sources):
+            places = dict.fromkeys((m.tensor, m.dim) for group in groups for m in members(group))
+            self.places.append(list(places))
+            self.lengths.append([length(*place) for place in places])
+            for place, size in zip(places, self.lengths[-1], strict=True):
+                start[source, place] = total
+                total += size
+        rows = []
         for group in groups:
-            parts = []
-            for member in members(group):
-                place = (member.tensor, member.dim)
-                if place not in offset:
-                    offset[place] = total
-                    self.places.append(place)
-                    self.start.append(total)
-                    total += length(*place)
-                parts.append(member.index + offset[place])
-            columns.append(torch.cat(parts, dim=1) if parts else torch.empty(group.size, 0, dtype=torch.int64))
-        self.total = total
-        # One more entry, always 0, fills the rows of units that have fewer positions than the widest.
-        widest = max((column.shape[1] for column in columns), default=0)
-        padded = [torch.nn.functional.pad(column, (0, widest - column.shape[1]), value=total) for column in columns]
-        self._index = torch.cat(padded) if padded else torch.empty(0, widest, dtype=torch.int64)
+            positions = [
+                member.index + start[source, (member.tensor, member.dim)]
+                for source, members in enumerate(sources)
+                for member in members(group)
+            ]
+            rows.append(torch.cat([torch.empty(group.size, 0, dtype=torch.int64), *positions], dim=1))
+        sizes = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        widths = torch.tensor([row.shape[1] for row in rows], dtype=torch.int64)
+        self.group_of = torch.repeat_interleave(sizes)
+        self.units = self.group_of.numel()
+        self.entries = torch.cat([torch.empty(0, dtype=torch.int64), *(row.flatten() for row in rows)])
+        self.offsets = torch.nn.functional.pad(widths[self.group_of].cumsum(0), (1, 0))
+        self._zeros = torch.zeros(max((size for sizes in self.lengths for size in sizes), default=0))
 
-    def __call__(self, vectors: Mapping[Place, Tensor]) -> Tensor:
-        """Flat ``[units]``: the sum over each unit's positions. A place missing from ``vectors`` counts as zeros."""
-        some = next(iter(vectors.values()))
-        ends = [*self.start[1:], self.total]
-        pieces = [
-            vectors[place] if place in vectors else some.new_zeros(end - start)
-            for place, start, end in zip(self.places, self.start, ends, strict=True)
-        ]
-        flat = torch.cat([*pieces, some.new_zeros(1)])
-        if self._index.device != flat.device:
-            self._index = self._index.to(flat.device)
-        return flat[self._index].sum(dim=1)
+    def accumulate(
+        self,
+        sums: Sequence[Tensor],
+        window: Tensor,
+        counts: Tensor | None,
+        reduction: str,
+        scale: float | Tensor = 1.0,
+        added: Tensor | None = None,
+        finite: Tensor | None = None,
+    ) -> None:
+        """``ops.accumulate_importance`` with these units, for sums of any floating types and a scale of any kind."""
+        if self.entries.device != window.device:
+            self.entries, self.offsets = self.entries.to(window.device), self.offsets.to(window.device)
+            self.group_of = self.group_of.to(window.device)
+        dtype = window.dtype
+        if any(each.dtype != dtype for each in sums):
+            sums = [each.to(dtype) for each in sums]
+        added = None if added is None else added.to(dtype)
+        divisor = scalar_beside(scale, window)
+        ops.accumulate_importance(sums, self.entries, self.offsets, window, counts, reduction, divisor, added, finite)
+
+    def values(self, sums: Sequence[Tensor], reduction: str, scale: float | Tensor = 1.0) -> Tensor:
+        """Flat ``[units]``: the importance itself, NaN where it is NaN."""
+        window = self.new_window(sums)
+        self.accumulate(sums, window, None, reduction, scale)
+        return window
+
+    def new_window(self, like: Sequence[Tensor]) -> Tensor:
+        """Flat ``[units]`` of zeros: float64 if one of the given tensors is, otherwise float32."""
+        dtype = torch.float64 if any(each.dtype == torch.float64 for each in like) else torch.float32
+        return torch.zeros(self.units, dtype=dtype, device=like[0].device)
+
+    def completed(self, source: int, found: Sequence[Tensor | None]) -> list[Tensor]:
+        """The vectors ``[C_i]`` of a source's places, with zeros for those that are missing; one is there at least."""
+        some = next(each for each in found if each is not None)
+        if self._zeros.device != some.device or self._zeros.dtype != some.dtype:
+            self._zeros = self._zeros.to(some)
+        pairs = zip(found, self.lengths[source], strict=True)
+        return [self._zeros[:length] if each is None else each for each, length in pairs]
+
+
+def scalar_beside(value: float | Tensor, like: Tensor) -> Tensor | None:
+    """A divisor as a scalar tensor of the device and dtype of ``like``, or none for 1. The host waits for no device."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(like)
+    return None if value == 1.0 else torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def split_by_group(flat: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
