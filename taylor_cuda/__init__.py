@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from taylor_cuda.errors import BudgetError, CheckpointError, CutError, InputError, TaylorError
 from taylor_cuda.graph import ChannelGroup, Groups, masked, trace
-from taylor_cuda.importance import Importance
+from taylor_cuda.importance import Importance, fuse_scoring
 from taylor_cuda.ops import (
     ScoreGate,
     ScoreReLU,
@@ -39,6 +39,7 @@ __all__ = [
     "channel_importance",
     "channel_sums",
     "cut",
+    "fuse_scoring",
     "load",
     "masked",
     "plan",
