@@ -14,8 +14,10 @@ from tests.gpu import emulator, sass
 
 # Kernels with 16-byte loads: columns (at one stride, at several), rows, packed rows of four types; six pairs of types.
 WIDE_KERNELS = {"accumulate_channel_sums": 0, "channel_importance": 16, "channel_sums": 16, "weight_importance": 6}
+WIDE_KERNELS["score_relu_backward"] = 24  # columns, rows, packed rows of four types; each with a skip and without
+WIDE_STORES = re.compile(r"_relu_kernelI\w+?Li[248]E")
 SOURCES = sorted((emulator.ROOT / "csrc" / "cuda").glob("*.cu"))
-WIDE = re.compile(r"(column_sums|row_sums|packed_sums)_kernelI\w+?Li[248]E|\d(weights)_kernelI")
+WIDE = re.compile(r"(column_sums|row_sums|packed_sums|_relu)_kernelI\w+?Li[248]E|\d(weights)_kernelI")
 
 
 def nvcc() -> str | None:
@@ -49,3 +51,4 @@ def test_compiles_without_spills(source: Path, tmp_path: Path) -> None:
         wide = [kernel for kernel in kernels if WIDE.search(kernel.name)]
         assert len(wide) == WIDE_KERNELS[source.stem]
         assert [kernel.name for kernel in wide if kernel.count("LDG.E.128") < 2] == []
+        assert [k.name for k in wide if WIDE_STORES.search(k.name) and k.count("STG.E.128") < 2] == []
