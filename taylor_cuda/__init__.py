@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from taylor_cuda.errors import BudgetError, CheckpointError, CutError, InputError, TaylorError
 from taylor_cuda.graph import ChannelGroup, Groups, masked, trace
-from taylor_cuda.importance import Importance
+from taylor_cuda.importance import Importance, fuse_scoring
 from taylor_cuda.ops import (
     ScoreGate,
     ScoreReLU,
@@ -41,6 +41,7 @@ __all__ = [
     "channel_sums",
     "cut",
     "keep_mask",
+    "fuse_scoring",
     "load",
     "masked",
     "plan",

@@ -2,5 +2,6 @@
 
 from taylor_cuda.importance.criteria import CRITERIA
 from taylor_cuda.importance.estimator import Importance
+from taylor_cuda.importance.fused import FusedScoring, fuse_scoring
 
-__all__ = ["CRITERIA", "Importance"]
+__all__ = ["CRITERIA", "FusedScoring", "Importance", "fuse_scoring"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,16 +12,40 @@ from torch import Tensor, nn
 
 from taylor_cuda import ops
 from taylor_cuda.errors import InputError
+from taylor_cuda.graph.program import Program
 from taylor_cuda.graph.sites import active_in_forward
-from taylor_cuda.importance.norm_term import ReaderAndNormInputs
+from taylor_cuda.importance.ride import Riding, RidingInputs
 
 
 @dataclass
 class ForwardPass:
-    """What one forward pass left: sums by weight, and per reader the positions of space (or tokens) they run over."""
+    """What one forward pass left: sums by weight, and per reader the positions of space (or tokens) they run over.
+
+    Readers whose sums ride on one ReLU have them together, under the name of the first; the others may be missing.
+    """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     length: dict[str, int] = field(default_factory=dict)
+    riding: list[Riding] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Add the sums that rode on ReLUs, once the backward pass is over, to those of gates."""
+        riding, self.riding = self.riding, []
+        for one in riding:
+            name, sums = one.reader, one.spread()
+            there = self.sums.get(name)
+            if there is not None:
+                _check_batch(name, there.shape, sums.shape)
+            self.sums[name] = sums if there is None else there + sums
+            self.length.setdefault(name, one.length)
+
+
+def _check_batch(name: str, there: torch.Size | tuple[int, ...], shape: torch.Size | tuple[int, ...]) -> None:
+    if there != shape:
+        raise InputError(
+            f"{name} reads batches of {there[0]} and of {shape[0]} examples in one forward pass: "
+            "per-example criteria need one batch size; use criterion='taylor_fo'"
+        )
 
 
 class ReaderSums:
@@ -31,25 +56,45 @@ class ReaderSums:
         weights: names of the readers' weights.
         per_example: keep Σ_l a·g for each example, ``[N, C]``, instead of the sum over the batch, ``[C]``.
         norms: names of parameters of normalisations whose norm term (``norm_term``) is summed beside them, ``[C]``.
+        programs: ``{training: Program}`` of this model: which readers need no gate, for a ReLU gives them a ride.
     """
 
     def __init__(
-        self, model: nn.Module, weights: Iterable[str], *, per_example: bool, norms: Iterable[str] = ()
+        self,
+        model: nn.Module,
+        weights: Iterable[str],
+        *,
+        per_example: bool,
+        norms: Iterable[str] = (),
+        programs: Mapping[bool, Program] | None = None,
     ) -> None:
         self.passes: list[ForwardPass] = []
         self._per_example = per_example
         # Compilers of the backward pass can't change a tensor there that the forward pass made: the graph breaks here.
         gate, term_for = torch.compiler.disable(self._gate), torch.compiler.disable(self._term_for)
-        sites = ReaderAndNormInputs(model, weights, gate, norms, term_for)
-        self._handles = [model.register_forward_pre_hook(self._begin), *active_in_forward(model, sites)]
+        self._sites = RidingInputs(model, weights, gate, norms, term_for, programs or {}, per_example)
+        self._handles = [model.register_forward_pre_hook(self._begin), *active_in_forward(model, self._sites)]
+        if programs:
+            self._handles.append(model.register_forward_hook(self._end, always_call=True))
 
-    def _begin(self, _module: nn.Module, _args: Any) -> None:
+    def _begin(self, module: nn.Module, _args: Any) -> None:
         if torch.is_grad_enabled():
             self.passes.append(ForwardPass())
+            if not torch.compiler.is_compiling():
+                self._sites.begin(module.training, self.passes[-1].riding)
+
+    def _end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            if sys.exc_info()[0] is None:  # an exception on its way holds everything
+                self._sites.check_held()
+            self._sites.end()
 
     def _gate(self, name: str, x: Tensor, dim: int) -> Tensor:
         if not self._recording():
             return x
+        riding = self._sites.board(name, x, dim)
+        if riding is not None:
+            return riding
         if not x.requires_grad:
             # Everything before this reader is frozen: the graph has to begin here, or the gate gets no gradient.
             x = x.detach().requires_grad_()
@@ -62,11 +107,8 @@ class ReaderSums:
         current = self.passes[-1]
         shape = (x.shape[0], x.shape[1]) if self._per_example else (x.shape[1],)
         sums = current.sums.get(name)
-        if sums is not None and sums.shape != shape:
-            raise InputError(
-                f"{name} reads batches of {sums.shape[0]} and of {shape[0]} examples in one forward pass: "
-                "per-example criteria need one batch size; use criterion='taylor_fo'"
-            )
+        if sums is not None:
+            _check_batch(name, sums.shape, shape)
         if sums is None:
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             sums = current.sums[name] = torch.zeros(shape, dtype=dtype, device=x.device)
@@ -89,6 +131,8 @@ class ReaderSums:
     def take(self) -> list[ForwardPass]:
         """Everything since the last call, one entry a forward pass."""
         passes, self.passes = self.passes, []
+        for forward in passes:
+            forward.settle()
         return passes
 
     def close(self) -> None:
@@ -97,3 +141,4 @@ class ReaderSums:
             handle.remove()
         self._handles = []
         self.passes = []
+        self._sites.end()

@@ -13,6 +13,7 @@ from taylor_cuda.distributed import mean, world_size
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
+from taylor_cuda.graph.program import record_programs
 from taylor_cuda.importance.activations import ForwardPass, ReaderSums
 from taylor_cuda.importance.criteria import Source, check_norm_term, check_source, find_criterion
 from taylor_cuda.importance.examples import batch_sums, example_sums
@@ -41,6 +42,8 @@ class Importance:
         process_group: ranks that train copies of the model and average their gradients, as
             ``DistributedDataParallel`` does. Parameter gradients are then those of all ranks already; what is summed
             from activations is averaged over them here.
+        fuse: take what is summed from activations out of the backward passes of ReLUs where these run anyway
+            (``tc.fuse_scoring``). Otherwise every reader has a gate with a pass of its own: equal but for rounding.
 
     The importance of coupled channels is the square of their **sum**. Within a window it is the mean over optimizer
     steps of the squares (Molchanov et al. 2019, section 3); ``fold()`` ends a window and averages over windows. Steps
@@ -59,6 +62,7 @@ class Importance:
         seed: int = 0,
         norm_term: bool = False,
         process_group: Any = None,
+        fuse: bool = True,
     ) -> None:
         check_model(model, "Importance")
         self.criterion = find_criterion(criterion)
@@ -70,7 +74,7 @@ class Importance:
             raise InputError(f"momentum: wanted a number in [0, 1), got {momentum!r}")
         self._model, self._groups = model, groups
         self._source, self._momentum, self._ranks = source, momentum, process_group
-        self._norm_term = norm_term
+        self._norm_term, self._fuse = norm_term, fuse
         self.accumulating = False
         """A backward pass with ``accumulate=True`` waits for the last one of its optimizer step."""
         self._generator = torch.Generator().manual_seed(seed)
@@ -100,7 +104,10 @@ class Importance:
         if from_sites and self._sites is None:
             weights = {member.tensor for group in from_sites for member in group.role("read")}
             norms = {member.tensor for group in from_sites for member in self._norm_members(group)}
-            self._sites = ReaderSums(self._model, weights, per_example=self.criterion.per_example, norms=norms)
+            programs = record_programs(self._model, self._groups.example_inputs, weights) if self._fuse else None
+            self._sites = ReaderSums(
+                self._model, weights, per_example=self.criterion.per_example, norms=norms, programs=programs
+            )
 
     def _length(self, tensor: str, dim: int) -> int:
         return self._tensors[tensor].shape[dim]

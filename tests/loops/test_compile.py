@@ -138,7 +138,8 @@ def test_watch_scores_a_compiled_loop() -> None:
         return scores.scores()
 
     expected = watched(lambda loop: loop.model)
-    assert all(torch.equal(value, expected[name]) for name, value in watched(lambda loop: whole(loop, "eager")).items())
+    for name, value in watched(lambda loop: whole(loop, "eager")).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=0)  # gates sum in another order than ReLUs
 
 
 def test_masked_reaches_a_compiled_model() -> None:

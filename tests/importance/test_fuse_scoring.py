@@ -1,0 +1,471 @@
+"""Sums that ride on ReLUs: nothing else changes, and they are those of gates, however the model is run."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import taylor_cuda as tc
+from taylor_cuda.graph.observe import reader_weights
+from taylor_cuda.importance.activations import ReaderSums
+from taylor_cuda.importance.examples import examples
+from taylor_cuda.ops import library
+from tests.importance.riding_nets import NETS, Concatenated, Pooled, Residual, RidingNet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Step = dict[str, Tensor]
+
+
+def made(net: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
+    model = net().to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # zero or one for every channel would hide much
+            nn.init.uniform_(parameter, 0.3, 1.2)
+    return model
+
+
+def step(model: nn.Module, x: Tensor, backward: Callable[[Tensor], None] = Tensor.backward) -> Step:
+    """One forward and backward pass: outputs, loss, gradients and buffers."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    output = model(x)
+    outputs = output if isinstance(output, tuple) else (output,)
+    loss = F.cross_entropy(outputs[0].float(), torch.arange(len(x)) % 4).to(x.dtype)
+    loss = loss + sum((0.1 * other.square().mean() for other in outputs[1:]), loss.new_zeros(()))
+    backward(loss)
+    found = {f"output {at}": value.detach() for at, value in enumerate(outputs)} | {"loss": loss.detach()}
+    found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def same_bits(actual: Step, expected: Step) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def gate_sums(model: nn.Module, groups: tc.Groups, x: Tensor, run: Callable[..., Any] = step) -> dict[str, Tensor]:
+    """What a gate before every reader finds."""
+    gates = ReaderSums(model, reader_weights(groups), per_example=True)
+    run(model, x)
+    (forward,) = gates.take()
+    gates.close()
+    return {group.name: examples(group, forward) for group in groups}
+
+
+def close_to(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-10) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.abs().max() > 0, name
+        assert actual[name].shape == value.shape
+        assert (actual[name] - value).abs().max() <= bound * value.abs().max(), name
+
+
+class Passes:
+    """Counts passes over an activation and its gradient that nothing but scoring needs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        for name in ("accumulate_channel_sums", "channel_sums"):
+            monkeypatch.setattr(library, name, self._counting(getattr(library, name)))
+
+    def _counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.count += 1
+            return function(*args)
+
+        return run
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+    return Passes(monkeypatch)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("net", NETS, ids=lambda net: net.__name__)
+def test_nothing_changes_and_the_sums_are_those_of_gates(net: type[RidingNet], training: bool, passes: Passes) -> None:
+    model, x = made(net), torch.randn(net.shape, dtype=torch.float64)
+    groups = tc.trace(model, x)
+    model.train(training)
+    plain, before = step(copy.deepcopy(model), x), copy.deepcopy(model)
+    expected = gate_sums(copy.deepcopy(model), groups, x)
+    passes.count = 0
+    with tc.fuse_scoring(model, groups) as sums:
+        same_bits(step(model, x), plain)
+        taken = sums.take()
+        assert len(sums.gated) == passes.count == net.gates
+        assert sums.fused.keys() | sums.gated.keys() == set(reader_weights(groups))
+    close_to(taken, expected)
+    same_bits(step(before, x), plain)  # the copy was made of a model that nobody touched
+
+
+def network(name: str) -> nn.Module:
+    models = pytest.importorskip("torchvision.models")
+    if name == "vgg11_bn":
+        features = models.vgg11_bn(weights=None).features
+        return nn.Sequential(features, nn.Flatten(), nn.Linear(512, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 4))
+    model: nn.Module = getattr(models, name)(weights=None, num_classes=4)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rides", "readers", "gates"),
+    [
+        ("resnet18", torch.float32, 17, 20, 0),
+        ("resnet18", torch.bfloat16, 17, 20, 0),
+        ("resnet50", torch.float64, 49, 53, 0),
+        ("vgg11_bn", torch.float32, 9, 9, 0),
+        ("regnet_y_400mf", torch.float32, 33, 37, 32),
+    ],
+)
+def test_networks(name: str, dtype: torch.dtype, rides: int, readers: int, gates: int, passes: Passes) -> None:
+    model, x = made(lambda: network(name), dtype), torch.randn(2, 3, 32, 32, dtype=dtype)
+    groups = tc.trace(model, x, prove=False)
+    plain, twin = step(copy.deepcopy(model), x), copy.deepcopy(model)
+    with tc.fuse_scoring(model, groups) as sums:
+        same_bits(step(model, x), plain)
+        assert sum(ride is not None for ride in sums._program.rides) == rides
+        assert (len(sums.fused), len(sums.gated), passes.count) == (readers, gates, gates)
+        taken = sums.take()
+    bound = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 2e-2}[dtype]
+    close_to(taken, gate_sums(twin, groups, x), bound)
+
+
+@pytest.fixture
+def residual() -> tuple[nn.Module, Tensor, tc.Groups]:
+    model, x = made(Residual), torch.randn(Residual.shape, dtype=torch.float64)
+    return model, x, tc.trace(model, x)
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fg", "taylor_output", "taylor_fo"])
+@pytest.mark.parametrize("net", [Residual, Pooled, Concatenated], ids=lambda net: net.__name__)
+def test_scores_are_those_of_gates(net: type[RidingNet], criterion: str, passes: Passes) -> None:
+    model, x = made(net), torch.randn(net.shape, dtype=torch.float64)
+    groups = tc.trace(model, x)
+    scores, counts = [], []
+    for fuse in (False, True):
+        passes.count = 0
+        est = tc.Importance(model, groups, criterion, "activations", fuse=fuse)
+        for _ in range(2):  # gradient accumulation: each backward pass counts
+            torch.manual_seed(2)
+            est.backward(model(x).square().mean(), accumulate=True)
+        est.update()
+        scores.append(est.scores())
+        counts.append(passes.count)
+        est.close()
+    assert counts == [2 * len(reader_weights(groups)), 2 * net.gates]
+    close_to(scores[1], scores[0], 1e-6)  # scores are fp32
+
+
+def state(model: nn.Module) -> list[Any]:
+    """Everything that a model holds besides the values of its tensors."""
+    seen: list[Any] = []
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            inside = list(value) if isinstance(value, dict) else value
+            seen.append((name, key, id(value), inside if not isinstance(inside, Tensor) else id(inside)))
+    return [*seen, [(id(p), p._backward_hooks, vars(p)) for p in model.parameters()]]
+
+
+def test_close_leaves_the_model_as_it_was(residual: tuple[nn.Module, Tensor, tc.Groups]) -> None:
+    model, x, groups = residual
+    before = state(model)
+    with tc.fuse_scoring(model, groups):
+        assert state(model) != before
+        step(model, x)
+    assert state(model) == before
+    assert step(model, x)["loss"].isfinite()
+
+
+def test_nothing_of_a_pass_is_held(residual: tuple[nn.Module, Tensor, tc.Groups]) -> None:
+    model, x, groups = residual
+
+    def activations() -> int:
+        return sum(type(item) is Tensor and item.dim() == 4 for item in gc.get_objects())
+
+    def run() -> None:
+        model.zero_grad(set_to_none=False)
+        model(x).sum().backward()
+
+    with tc.fuse_scoring(model, groups):
+        for _ in range(2):
+            run()
+        gc.collect()
+        gc.disable()  # what only the collector could free is in a cycle of references
+        try:
+            before = activations()
+            run()
+            model(x)
+            assert activations() == before
+        finally:
+            gc.enable()
+
+
+def test_passes_add_up_as_examples(residual: tuple[nn.Module, Tensor, tc.Groups]) -> None:
+    model, x, groups = residual
+    model.eval()
+    losses = [lambda: model(x[:1]).square().sum(), lambda: model(x[1:]).square().sum()]
+    with tc.fuse_scoring(model, groups) as sums:
+        with pytest.raises(tc.InputError, match="take: no forward pass with gradients"):
+            sums.take()
+        with torch.no_grad():
+            model(x)
+        parts = [loss() for loss in losses]
+        for part in reversed(parts):
+            part.backward()
+        taken = sums.take()
+        model(x).square().sum().backward()
+        close_to(taken, sums.take())
+    with tc.fuse_scoring(model, groups, per_example=False) as sums:
+        for loss in losses:
+            loss().backward()
+        close_to(sums.take(), {name: value.sum(0) for name, value in taken.items()})
+
+
+def test_two_backward_passes_through_one_graph_are_twice_the_sums(
+    residual: tuple[nn.Module, Tensor, tc.Groups],
+) -> None:
+    model, x, groups = residual
+    with tc.fuse_scoring(model, groups) as sums:
+        step(model, x)
+        once = sums.take()
+        step(model, x, lambda loss: (loss.backward(retain_graph=True), loss.backward()))
+        close_to(sums.take(), {name: 2 * value for name, value in once.items()})
+
+
+def test_the_gradient_can_be_differentiated(residual: tuple[nn.Module, Tensor, tc.Groups]) -> None:
+    """A penalty on the gradient in the input runs through every ReLU twice."""
+    model, x, groups = residual
+    x.requires_grad_()
+
+    def penalty(loss: Tensor) -> None:
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + gradient.square().sum()).backward()
+
+    plain = step(copy.deepcopy(model), x, penalty)
+    expected = gate_sums(copy.deepcopy(model), groups, x, lambda model, x: step(model, x, penalty))
+    with tc.fuse_scoring(model, groups) as sums:
+        fused = step(model, x, penalty)
+        close_to(sums.take(), expected)
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["a", "b", "c", "norm"])
+def test_frozen_parts(frozen: str, residual: tuple[nn.Module, Tensor, tc.Groups]) -> None:
+    model, x, groups = residual
+    model.get_submodule(frozen).requires_grad_(False)
+    plain, expected = step(copy.deepcopy(model), x), gate_sums(copy.deepcopy(model), groups, x)
+    with tc.fuse_scoring(model, groups) as sums:
+        same_bits(step(model, x), plain)
+        close_to(sums.take(), expected)
+
+
+def test_everything_frozen_but_the_head(residual: tuple[nn.Module, Tensor, tc.Groups]) -> None:
+    model, x, groups = residual
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    plain, expected = step(copy.deepcopy(model), x), gate_sums(copy.deepcopy(model), groups, x)
+    with tc.fuse_scoring(model, groups) as sums:
+        same_bits(step(model, x), plain)
+        close_to(sums.take(), expected)
+
+
+class Checkpointed(Residual):
+    """The block in the middle runs again in the backward pass, with a ReLU inside and one before it."""
+
+    reentrant = False
+
+    def block(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.a(x)))
+        x = F.relu(checkpoint(self.block, x, use_reentrant=self.reentrant))
+        return self.head(F.relu(self.c(F.relu(self.b(x)))).mean((2, 3)))
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+@pytest.mark.parametrize("net", [Checkpointed, Reentrant], ids=lambda net: net.__name__)
+def test_checkpointed_parts_have_gates(net: type[RidingNet], passes: Passes) -> None:
+    model, x = made(net), torch.randn(net.shape, dtype=torch.float64)
+    groups = tc.trace(model, x)
+    plain, expected = step(copy.deepcopy(model), x), gate_sums(copy.deepcopy(model), groups, x)
+    passes.count = 0
+    with tc.fuse_scoring(model, groups) as sums:
+        same_bits(step(model, x), plain)
+        close_to(sums.take(), expected)
+    assert 0 < passes.count <= 3
+
+
+def test_autocast(residual: tuple[nn.Module, Tensor, tc.Groups], passes: Passes) -> None:
+    model, x, groups = residual[0].float(), residual[1].float(), residual[2]
+
+    def under_autocast(model: nn.Module, x: Tensor) -> Step:
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(model, x)
+
+    plain, expected = (
+        under_autocast(copy.deepcopy(model), x),
+        gate_sums(copy.deepcopy(model), groups, x, under_autocast),
+    )
+    passes.count = 0
+    with tc.fuse_scoring(model, groups) as sums:
+        same_bits(under_autocast(model, x), plain)
+        close_to(sums.take(), expected, 3e-2)
+    assert passes.count == 0
+
+
+def test_a_model_that_changed_its_dtype_since(residual: tuple[nn.Module, Tensor, tc.Groups], passes: Passes) -> None:
+    model, x, groups = residual[0].bfloat16(), residual[1].bfloat16(), residual[2]
+    with tc.fuse_scoring(model, groups) as sums:
+        step(model, x)
+        assert all(value.dtype == torch.float32 for value in sums.take().values())
+    assert passes.count == 0
+
+
+def test_it_follows_a_cut(residual: tuple[nn.Module, Tensor, tc.Groups], passes: Passes) -> None:
+    model, x, groups = residual
+    est = tc.Importance(model, groups, "taylor_fg")
+    est.backward(model(x).square().mean())
+    keep = {group.name: torch.arange(0, group.size, 2) for group in groups}
+    tc.cut(model, groups, keep)
+    est.reset()
+    est.keep(keep)
+    passes.count = 0
+    torch.manual_seed(4)
+    est.backward(model(x).square().mean())
+    assert passes.count == 0
+    fresh = tc.Importance(copy.deepcopy(model), groups, "taylor_fg", fuse=False)
+    fresh.backward(fresh._model(x).square().mean())
+    close_to(est.scores(), fresh.scores(), 1e-6)
+
+
+class Fickle(RidingNet):
+    """Does something else in every pass, and none of it was recorded."""
+
+    shape = (3, 3, 8, 8)
+    way = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.max_pool2d(F.relu(self.a(x)), 2)
+        if self.way == 0:  # as recorded
+            y = F.relu(self.b(z))
+        elif self.way == 1:  # one use more
+            y = F.relu(self.b(z)) + torch.sigmoid(z)
+        elif self.way == 2:  # another order of ReLUs
+            y = F.relu(self.b(F.relu(torch.tanh(z)))) + F.relu(z)
+        elif self.way == 3:  # a function in between that keeps no sum
+            y = F.relu(self.b(z.mean((0, 2), keepdim=True).expand_as(z)))
+        elif self.way == 4:  # dropout in place
+            y = F.relu(self.b(F.dropout(z, 0.5, True, True) + z))
+        elif self.way == 5:  # changed in place before it is read
+            z.mul_(2)
+            y = F.relu(self.b(z))
+        elif self.way == 6:  # read at another length, and past the graph of the mode
+            y = F.relu(self.b(z)) + self.b(F.max_pool2d(z, 2)).mean((2, 3), keepdim=True) + Cube.apply(z)
+        elif self.way == 7:  # transposed: other channels
+            y = F.relu(self.b(z.transpose(0, 1)))
+        elif self.way == 8:  # changed in place behind a reader whose result nobody wants
+            self.b(z)
+            y = F.relu(self.b(z.mul_(2)))
+        return self.head(F.relu(self.c(y)).mean((2, 3)))
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+@pytest.mark.filterwarnings("ignore:the activation before")
+@pytest.mark.parametrize("way", range(8))
+def test_a_pass_that_goes_another_way_has_the_right_sums(way: int) -> None:
+    model, x = made(Fickle), torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    groups = tc.trace(model, x)
+    with tc.fuse_scoring(model, groups) as sums:
+        assert not sums.gated
+        model.way = way
+        plain = step(copy.deepcopy(model), x)
+        fused = step(model, x)
+        taken = sums.take()
+    expected = gate_sums(copy.deepcopy(model), groups, x)
+    for name, value in plain.items():  # what was not recorded may be added up in another order
+        torch.testing.assert_close(fused[name], value, rtol=1e-12, atol=1e-14)
+    for name, value in expected.items():
+        torch.testing.assert_close(taken[name].sum(0), value.sum(0), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:the activation before")
+def test_a_pass_that_cannot_be_summed_is_an_error() -> None:
+    model, x = made(Fickle), torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    groups = tc.trace(model, x)
+    with tc.fuse_scoring(model, groups):
+        model.way = 8
+        with pytest.raises(tc.InputError, match=r"on its way to b\.weight was changed in place .*fuse=False"):
+            step(model, x)
+
+
+def test_what_holds_an_activation_gets_a_gate_from_then_on(
+    residual: tuple[nn.Module, Tensor, tc.Groups], passes: Passes
+) -> None:
+    model, x, groups = residual
+    model.eval()
+    expected = gate_sums(copy.deepcopy(model), groups, x)
+    passes.count = 0
+    with tc.fuse_scoring(model, groups) as sums:
+        held: list[Tensor] = []
+        model.down.register_forward_pre_hook(lambda _m, args: held.append(args[0]))
+        with pytest.warns(UserWarning, match=r"the activation before down\.weight is held after the forward pass"):
+            step(model, x)
+        close_to(sums.take(), expected)
+        assert passes.count == 0
+        step(model, x, lambda loss: (held[-1].retain_grad(), loss.backward()))
+        close_to(sums.take(), expected)
+        assert passes.count == 1
+    assert held[-1].grad is not None
+    t = (held[-1] * held[-1].grad).sum((2, 3))
+    torch.testing.assert_close(t, expected["up"], rtol=1e-10, atol=0)
+
+
+def test_asking_for_a_gradient_that_is_taken_apart_is_an_error(
+    residual: tuple[nn.Module, Tensor, tc.Groups],
+) -> None:
+    model, x, groups = residual
+    with tc.fuse_scoring(model, groups):
+        handle = model.down.register_forward_pre_hook(lambda _m, args: args[0].retain_grad())
+        with pytest.raises(tc.InputError, match="retain_grad: the gradient of this activation is taken apart"):
+            model(x)
+        handle.remove()
+        step(model, x)
+
+
+def test_a_model_that_cannot_be_recorded_has_gates(residual: tuple[nn.Module, Tensor, tc.Groups]) -> None:
+    model, x, groups = residual
+    groups.example_inputs = ((), {})
+    expected = gate_sums(copy.deepcopy(model), groups, x)
+    with tc.fuse_scoring(model, groups) as sums:
+        assert not sums.fused
+        step(model, x)
+        close_to(sums.take(), expected)
+    with pytest.raises(tc.InputError, match="fuse_scoring: model was compiled"):
+        tc.fuse_scoring(torch.compile(model, backend="eager"), groups)
