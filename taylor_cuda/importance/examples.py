@@ -50,10 +50,7 @@ def example_sums(
     Raises:
         InputError: a group's readers saw several numbers of examples in one pass, or none of them ran.
     """
-    by_pass = [
-        _completed(groups, forward, readers, units.lengths[1], [forward.sums.get(name) for name in readers])
-        for forward in passes
-    ]
+    by_pass = [_completed(groups, forward, units, [forward.sums.get(name) for name in readers]) for forward in passes]
     if mean:
         examples = {name: sum(len(forward.sums.get(name, ())) for forward in passes) for name in readers}
         by_pass = [
@@ -68,14 +65,13 @@ def example_sums(
 def _completed(
     groups: Iterable[ChannelGroup],
     forward: ForwardPass,
-    readers: Sequence[str],
-    lengths: Sequence[int],
+    units: UnitSums,
     found: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """The sums of one pass with as many rows at every reader."""
     there = [sums for sums in found if sums is not None]
     rows = max(len(sums) for sums in there)
-    if len(there) == len(readers) and all(len(sums) == rows for sums in there):
+    if len(there) == len(found) and all(len(sums) == rows for sums in there):
         return there
     for group in groups:
         counts = {len(forward.sums[m.tensor]): None for m in group.role("read") if m.tensor in forward.sums}
@@ -88,9 +84,13 @@ def _completed(
                 "per-example criteria need one batch size, use criterion='taylor_fo'"
             )
     return [
-        there[0].new_zeros(rows, length) if sums is None else torch.nn.functional.pad(sums, (0, 0, 0, rows - len(sums)))
-        for sums, length in zip(found, lengths, strict=True)
+        units.zeros(rows * length, there[0]).view(rows, length) if sums is None else _with_rows(sums, rows)
+        for sums, length in zip(found, units.lengths[1], strict=True)
     ]
+
+
+def _with_rows(sums: Tensor, rows: int) -> Tensor:
+    return sums if len(sums) == rows else torch.nn.functional.pad(sums, (0, 0, 0, rows - len(sums)))
 
 
 def examples(group: ChannelGroup, forward: ForwardPass) -> Tensor:

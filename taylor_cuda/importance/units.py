@@ -64,7 +64,7 @@ class UnitSums:
         self.units = self.group_of.numel()
         self.entries = torch.cat([torch.empty(0, dtype=torch.int64), *(row.flatten() for row in rows)])
         self.offsets = torch.nn.functional.pad(widths[self.group_of].cumsum(0), (1, 0))
-        self._zeros = torch.zeros(max((size for sizes in self.lengths for size in sizes), default=0))
+        self._zeros = torch.zeros(0)
 
     def accumulate(
         self,
@@ -101,10 +101,15 @@ class UnitSums:
     def completed(self, source: int, found: Sequence[Tensor | None]) -> list[Tensor]:
         """The vectors ``[C_i]`` of a source's places, with zeros for those that are missing; one is there at least."""
         some = next(each for each in found if each is not None)
-        if self._zeros.device != some.device or self._zeros.dtype != some.dtype:
-            self._zeros = self._zeros.to(some)
         pairs = zip(found, self.lengths[source], strict=True)
-        return [self._zeros[:length] if each is None else each for each, length in pairs]
+        return [self.zeros(length, some) if each is None else each for each, length in pairs]
+
+    def zeros(self, count: int, like: Tensor) -> Tensor:
+        """``[count]`` of zeros beside ``like``, to read only: all that are asked for share their memory."""
+        zeros = self._zeros
+        if zeros.device != like.device or zeros.dtype != like.dtype or len(zeros) < count:
+            self._zeros = zeros = like.new_zeros(count)
+        return zeros[:count]
 
 
 def scalar_beside(value: float | Tensor, like: Tensor) -> Tensor | None:
