@@ -6,4 +6,6 @@ MODULE_OF_OP: dict[str, str] = {
     "accumulate_channel_sums": "taylor_cuda.kernels.accumulate_channel_sums",
     "channel_importance": "taylor_cuda.kernels.channel_importance",
     "channel_sums": "taylor_cuda.kernels.channel_sums",
+    "batch_norm_relu_forward": "taylor_cuda.kernels.batch_norm_relu",
+    "batch_norm_relu_backward": "taylor_cuda.kernels.batch_norm_relu",
 }

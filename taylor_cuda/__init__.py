@@ -5,7 +5,15 @@ from importlib.metadata import PackageNotFoundError, version
 from taylor_cuda.errors import BudgetError, CheckpointError, CutError, InputError, TaylorError
 from taylor_cuda.graph import ChannelGroup, Groups, masked, trace
 from taylor_cuda.importance import Importance
-from taylor_cuda.ops import ScoreGate, channel_importance, channel_sums, score_gate, weight_importance
+from taylor_cuda.ops import (
+    BatchNormReLU,
+    ScoreGate,
+    batch_norm_relu,
+    channel_importance,
+    channel_sums,
+    score_gate,
+    weight_importance,
+)
 from taylor_cuda.planning import Plan, plan
 from taylor_cuda.pruner import Pruner, watch
 from taylor_cuda.surgery import cut, load, save
@@ -16,6 +24,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "BatchNormReLU",
     "BudgetError",
     "ChannelGroup",
     "CheckpointError",
@@ -27,6 +36,7 @@ __all__ = [
     "Pruner",
     "ScoreGate",
     "TaylorError",
+    "batch_norm_relu",
     "channel_importance",
     "channel_sums",
     "cut",

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from taylor_cuda.ops import backends, checks, library
+from taylor_cuda.ops.batch_norm_relu import BatchNormReLU, batch_norm_relu
 from taylor_cuda.ops.gate import ScoreGate, score_gate
 from taylor_cuda.ops.reference import CHANNEL_REDUCTIONS, WEIGHT_REDUCTIONS
 
 __all__ = [
+    "BatchNormReLU",
     "ScoreGate",
     "accumulate_channel_sums",
     "backends",
+    "batch_norm_relu",
     "channel_importance",
     "channel_sums",
     "score_gate",
