@@ -28,7 +28,7 @@ def compile_for_hopper(
 
     names = kernel.arg_names
     pointers = [name for name in names if name.endswith("_ptr")]
-    numbers = dict.fromkeys(names, "i32") | {name: "fp32" for name in ("momentum", "eps")}
+    numbers = dict.fromkeys(names, "i32") | {"momentum": "fp32", "eps": "fp32"}
     signature = {
         name: "constexpr" if name in constants else "*" + types[name] if name in pointers else numbers[name]
         for name in names
@@ -117,31 +117,26 @@ def test_the_finish_of_samples(add: bool, tmp_path: Path) -> None:
     assert (compiled.spills, compiled.stack) == (0, 0)
 
 
+# Layout: shape, channels_last, type, width of the loads that the documentation of batch_norm_relu promises for it.
 NORMS: dict[str, tuple[tuple[int, ...], bool, torch.dtype, str]] = {
     "nhwc bf16": ((256, 64, 56, 56), True, torch.bfloat16, ".128"),
-    "nhwc bf16, 7x7": ((256, 512, 7, 7), True, torch.bfloat16, ".128"),
-    "nhwc bf16, 24 channels": ((64, 24, 28, 28), True, torch.bfloat16, ".128"),
     "nhwc fp32": ((256, 256, 56, 56), True, torch.float32, ".128"),
-    "nhwc bf16, 13 channels": ((64, 13, 28, 28), True, torch.bfloat16, ".U16"),
+    "nhwc bf16, 24 channels": ((64, 24, 28, 28), True, torch.bfloat16, ".128"),
     "nchw bf16": ((256, 64, 56, 56), False, torch.bfloat16, ".128"),
-    "nchw bf16, 7x7": ((256, 512, 7, 7), False, torch.bfloat16, ".U16"),
 }
 
-
-# What each kernel of batch_norm_relu is compiled for beside its grid, in training, and how many tensors it loads and stores.
+# What its kernels are compiled for in training, and how many tensors each loads and stores.
 PASSES: dict[str, tuple[str, dict[str, bool], int, int]] = {
     "moments": ("moments_kernel", {}, 1, 0),
-    "output": ("apply_kernel", {"RESIDUAL": False, "RELU": True}, 1, 1),
-    "output, residual": ("apply_kernel", {"RESIDUAL": True, "RELU": True}, 2, 1),
-    "sums": ("gradient_sums_kernel", {"OUTPUT": False, "MASKED": False, "RELU": True}, 2, 0),
-    "sums, residual": ("gradient_sums_kernel", {"OUTPUT": True, "MASKED": True, "RELU": True}, 3, 1),
+    "output": ("apply_kernel", {"RESIDUAL": True, "RELU": True}, 2, 1),
+    "sums": ("gradient_sums_kernel", {"OUTPUT": True, "MASKED": True, "RELU": True}, 3, 1),
     "gradient": ("input_gradient_kernel", {"OUTPUT": False, "MASKED": False, "RELU": True}, 2, 1),
-    "gradient, residual": ("input_gradient_kernel", {"OUTPUT": False, "MASKED": False, "RELU": False}, 2, 1),
 }
 
 
-@pytest.mark.parametrize("which", PASSES)
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(
+    ("name", "which"), [*(("nhwc bf16", which) for which in PASSES), *((name, "sums") for name in list(NORMS)[1:])]
+)
 def test_the_passes_of_batch_norm_relu(name: str, which: str, tmp_path: Path) -> None:
     from taylor_cuda.kernels import _batch_norm, batch_norm_relu
 
@@ -177,7 +172,6 @@ def test_the_finishes_of_batch_norm_relu(tmp_path: Path) -> None:
     for kernel, constants in (
         (_batch_norm.statistics_kernel, {"TRAINING": True, "RUNNING": True, "BLOCK_P": 1024, "BLOCK_C": 4}),
         (_batch_norm.gates_kernel, {"PER_SAMPLE": True, "TOTAL": False, "BLOCK_N": 128, "BLOCK_S": 4, "BLOCK_C": 4}),
-        (_batch_norm.gates_kernel, {"PER_SAMPLE": False, "TOTAL": True, "BLOCK_N": 512, "BLOCK_S": 1, "BLOCK_C": 4}),
     ):
         given = {k: v for k, v in {**constants, "WEIGHT": True, "BIAS": True}.items() if k in kernel.arg_names}
         compiled = compile_for_hopper(kernel, given, dict.fromkeys(kernel.arg_names, "fp32"), 8, tmp_path)

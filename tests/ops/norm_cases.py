@@ -65,12 +65,12 @@ class Case:
 MODES = [Case(training=t, residual=r, relu=u, affine=a) for t, r, u, a in product((True, False), repeat=4)]
 EVERY = [
     *MODES,  # of which the first is the plain case of its layout
-    *(replace(mode, layout="nchw 7x7", sums="[C]") for mode in MODES[::3]),
+    *(replace(mode, layout="nchw 7x7", sums="[C]") for mode in MODES[::5]),
     *(Case(layout) for layout in list(LAYOUTS)[1:]),
-    *(Case(layout, ("bf16", "fp16")[i % 2]) for i, layout in enumerate(LAYOUTS)),
-    *(Case(layout, residual=False, sums="none") for layout in ("nhwc 7x7", "nchw 8x8", "[N, C] odd")),
-    *(Case(layout, far=True) for layout in ("nhwc 20x20", "long rows", "[N, C]")),
-    *(Case(layout, other_layout=True) for layout in ("nhwc 7x7", "nchw 7x7", "every second")),
+    *(Case(layout, ("bf16", "fp16")[i % 2]) for i, layout in enumerate(list(LAYOUTS)[::3])),
+    *(Case(layout, residual=False, sums="none") for layout in ("nhwc 7x7", "nchw 8x8")),
+    *(Case(layout, far=True) for layout in ("nhwc 20x20", "[N, C]")),
+    *(Case(layout, other_layout=True) for layout in ("nhwc 7x7", "every second")),
 ]
 
 
@@ -94,7 +94,7 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
     make, vector = source(dtype, seed, device), source(wide, seed + 1, device)
     x, residual, gradient = (LAYOUTS[case.layout](make) for _ in range(3))
     if case.far:
-        x.add_(1000)  # then fp32 can't tell on which side of 0 an output near it is
+        x.add_(1000)
     if case.other_layout:
         residual, gradient = residual.clone(memory_format=torch.contiguous_format), gradient[:1, :, :1].expand_as(x)
         residual = residual.movedim(1, -1).contiguous().movedim(-1, 1) if x.is_contiguous() else residual
@@ -109,8 +109,9 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
         (vector(c) + (1000 if case.far else 0), vector(c).abs() + 0.5),
         vector(*shapes[case.sums]) if case.sums in shapes else None,
     )
-    if case.far:
-        gradient.masked_fill_(expected_of(case, given, 0.25, 1e-3)["z"][0].abs().to(device) < 0.01, 0)
+    if 0 not in gradient.stride():  # fp32 can't tell on which side of 0 an output is that lies so near
+        expected = expected_of(case, given, 0.25, 1e-3)
+        gradient.masked_fill_((expected["z"][0].abs() <= expected["y"][1]).to(device), 0)
     return given
 
 
@@ -246,7 +247,7 @@ def interpreted() -> dict[str, list[str]]:
     for name, case, programs in plan:
         kernels.TARGET_PROGRAMS = programs
         try:
-            problems[name] = check(ops, case, twice=case in MODES[:4])
+            problems[name] = check(ops, case, twice=case in MODES[:2])
         except Exception:
             problems[name] = [traceback.format_exc()]
     problems["nan"] = [text for case in MODES[::7] for text in nan_case(ops, case)]
@@ -254,9 +255,9 @@ def interpreted() -> dict[str, list[str]]:
 
 
 TRIPS = [
-    Case(layout, sums=sums, far=far)
-    for layout in ("nhwc 20x20", "long rows")
-    for sums, far in (("[N, C]", False), ("[C]", True))
+    Case("nhwc 20x20"),
+    Case("nhwc 20x20", sums="[C]", far=True),
+    Case("long rows", sums="[C]", far=True),
 ]
 
 if __name__ == "__main__":

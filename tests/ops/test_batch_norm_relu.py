@@ -46,7 +46,9 @@ def test_by_hand_with_a_residual_in_evaluation_mode() -> None:
     residual = torch.tensor([[1.0, -5.0, -1.0]], requires_grad=True)
     mean, variance, sums = torch.full((3,), 4.0), torch.full((3,), 4.0), torch.zeros(3)
     y = tc.batch_norm_relu(x, mean, variance, eps=0.0, residual=residual, sums=sums)
-    assert y.tolist() == [[0, 0, 0]]  # x̂ = -1, 0, 1
+    assert y.tolist() == [[0, 0, 0]]  # x̂ = -1, 0, 1, so that two are exactly 0, and nothing passes there
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.zeros(1, 3))
+    assert torch.equal(sums, torch.zeros(3))
     y = tc.batch_norm_relu(x, mean, variance, eps=0.0, residual=-3 * residual, sums=sums)
     assert y.tolist() == [[0, 15, 4]]
     y.backward(torch.tensor([[7.0, 8.0, 9.0]]))
