@@ -197,6 +197,8 @@ def check_skip(x: Tensor, sums: Tensor, skip: Tensor | None, skip_sums: Tensor |
         raise InputError("skip_sums: wanted a tensor that does not require grad; the sums are added in place")
     if not skip_sums.is_contiguous():
         raise InputError(f"skip_sums: wanted a contiguous tensor, got strides {skip_sums.stride()}")
+
+
 def check_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,

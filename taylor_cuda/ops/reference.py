@@ -191,6 +191,8 @@ def score_relu_backward(
     if skip is not None and skip_sums is not None:
         accumulate_channel_sums(skip, gx, skip_sums)
     return gx
+
+
 def batch_norm_relu_forward(
     x: Tensor,
     running_mean: Tensor | None,
