@@ -53,7 +53,7 @@ def _define(
     overload: Callable[..., Any] = getattr(torch.ops.taylor_cuda, name).default
 
     def call(*args: Any) -> Any:
-        if _is_watched() or not (_is_plain(args[0]) and _is_plain(args[1]) and _is_plain(args[placed_by])):
+        if _is_watched() or not _are_plain(args):
             return overload(*args)
         result = run(*args)
         _bump(args, changed)
@@ -71,9 +71,15 @@ def _is_watched() -> bool:
     )
 
 
-def _is_plain(value: Tensor | Sequence[Tensor]) -> bool:
-    """Whether a tensor, or each of a list of them, is of no class that may want to see the call."""
-    return type(value) in _PLAIN if isinstance(value, Tensor) else _PLAIN.issuperset(map(type, value))
+def _are_plain(args: Sequence[Any]) -> bool:
+    """Whether no tensor, alone or in a list, is of a class that may want to see the call."""
+    kinds: set[type] = set()
+    for value in args:
+        if isinstance(value, (list, tuple)):
+            kinds.update(map(type, value))
+        else:
+            kinds.add(type(value))
+    return not any(issubclass(kind, Tensor) for kind in kinds - _PLAIN)
 
 
 def _redispatch_and_bump(name: str, changed: Sequence[int]) -> Callable[..., Any]:
@@ -81,9 +87,6 @@ def _redispatch_and_bump(name: str, changed: Sequence[int]) -> Callable[..., Any
         overload = getattr(torch.ops.taylor_cuda, name).default
         result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         _bump(args, changed)
-        for position in positions:
-            if args[position] is not None:
-                torch.autograd.graph.increment_version(args[position])
         return result
 
     return run

@@ -42,6 +42,7 @@ SAMPLES: dict[str, list[tuple[object, ...]]] = {
         (*PAIR, torch.zeros(3, 4), PAIR[0], torch.zeros(3, 4)),
         (PAIR[0].to(memory_format=torch.channels_last), PAIR[1], torch.zeros(4)),
         (PAIR[0][:, :, ::2], PAIR[1][:, :, ::2], torch.zeros(4)),
+    ],
     "batch_norm_relu_forward": [
         (PAIR[0], torch.zeros(4), torch.ones(4), torch.ones(4), torch.zeros(4), PAIR[1], True, 0.1, 1e-5, True),
         (PAIR[0].bfloat16(), torch.zeros(4), torch.ones(4), torch.ones(4), None, None, False, 0.1, 1e-5, True),
