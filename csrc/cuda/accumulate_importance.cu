@@ -222,6 +222,11 @@ const T* pointer_to(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
+// No template: nvcc 13.0 writes no host code for a braced argument in one that is assigned.
+Tensor new_vector(const Tensor& window, int64_t size, ScalarType type) {
+  return torch::stable::new_empty(window, {size}, type);
+}
+
 template <typename T>
 void run(const UnitArguments& a, cudaStream_t stream) {
   const unsigned blocks = grid_size(std::max<int64_t>(1, ceil_div<int64_t>(a.units(), kWarp)), "accumulate_importance");
@@ -241,8 +246,8 @@ void run(const UnitArguments& a, cudaStream_t stream) {
   p.first_table = true;
   std::optional<Tensor> values, flags, partial;  // alive until everything that uses them is launched
   if (a.counts) {
-    values = torch::stable::new_empty(a.window, {p.units});
-    flags = torch::stable::new_empty(a.window, {static_cast<int64_t>(blocks)}, ScalarType::Int);
+    values = new_vector(a.window, p.units, a.window.scalar_type());
+    flags = new_vector(a.window, blocks, ScalarType::Int);
     p.values = static_cast<T*>(values->mutable_data_ptr());
     p.flags = static_cast<int32_t*>(flags->mutable_data_ptr());
   }
@@ -250,7 +255,7 @@ void run(const UnitArguments& a, cudaStream_t stream) {
     launch_values<T, kFewSums>(a, p, blocks, stream);
   } else {
     if (a.sums.size() > kManySums) {
-      partial = torch::stable::new_empty(a.window, {p.rows, p.units});
+      partial = new_vector(a.window, p.rows * p.units, a.window.scalar_type());
       p.partial = static_cast<T*>(partial->mutable_data_ptr());
     }
     launch_values<T, kManySums>(a, p, blocks, stream);

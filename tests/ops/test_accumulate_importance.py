@@ -131,6 +131,13 @@ def test_with_a_gradient_that_is_tracked_and_in_inference_mode() -> None:
     assert torch.equal(inside, window)
 
 
+def test_the_window_says_on_which_device_the_op_runs() -> None:
+    """A list that may be empty can't."""
+    layout, window = (ENTRIES.to("meta"), OFFSETS.to("meta")), torch.zeros(3, device="meta")
+    accumulate_importance([], *layout, window, torch.zeros(2, dtype=torch.int64, device="meta"))
+    assert window.device.type == "meta"
+
+
 GOOD = {"sums": SUMS, "entries": ENTRIES, "offsets": OFFSETS, "window": fresh()[0], "counts": fresh()[1]}
 
 
