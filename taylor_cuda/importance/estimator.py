@@ -17,6 +17,7 @@ from taylor_cuda.graph.program import record_programs
 from taylor_cuda.importance.activations import ForwardPass, ReaderSums
 from taylor_cuda.importance.criteria import Source, check_norm_term, check_source, find_criterion
 from taylor_cuda.importance.examples import batch_sums, example_sums
+from taylor_cuda.importance.members import scales_of, trained_gate
 from taylor_cuda.importance.units import UnitSums, scalar_beside, split_by_group
 
 
@@ -115,7 +116,7 @@ class Importance:
     def _needs_activations(self, group: ChannelGroup) -> bool:
         if self.criterion.per_example or self._source == "activations":
             return self.criterion.gradient
-        if not self.criterion.gate or _trained_gate(group, self._tensors):
+        if not self.criterion.gate or trained_gate(group, self._tensors):
             return False
         if self._source == "auto":
             return True
@@ -134,9 +135,9 @@ class Importance:
         if group.name in self._site_groups:
             return ()
         if self.criterion.gate:
-            return _trained_gate(group, self._tensors)
+            return trained_gate(group, self._tensors)
         if self.criterion.name == "bn_scale":
-            return _scales(group)
+            return scales_of(group)
         frozen = [m.tensor for m in group.role("write") if not self._tensors[m.tensor].requires_grad]
         if self.criterion.gradient and frozen:
             raise InputError(
@@ -315,7 +316,7 @@ class Importance:
             return self._drawn
         if self.criterion.name == "bn_scale":
             for group in self._groups:
-                if not _scales(group):
+                if not scales_of(group):
                     raise InputError(f"criterion='bn_scale': group {group.name!r} has no normalisation with a scale")
             return self._units.values([weight.abs() for weight in self._weights], "sum") / self._units.offsets.diff()
         return self._units.values(ops.weight_importance(self._weights, self._weights, self._dims), "sum")
@@ -384,19 +385,3 @@ class Importance:
 
 def _copy(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.clone()
-
-
-def _trained_gate(group: ChannelGroup, tensors: dict[str, Tensor]) -> tuple[Member, ...]:
-    """The members whose Σ w·dw is the gate's gradient (DESIGN 3.2 or 3.3), or none where one of them is frozen.
-
-    The affine form is preferred: it reads 2 numbers a channel, and normalisations accumulate in fp32 under autocast.
-    """
-    for members in (group.affine, group.role("read")):
-        if members and all(tensors[member.tensor].requires_grad for member in members):
-            return members
-    return ()
-
-
-def _scales(group: ChannelGroup) -> tuple[Member, ...]:
-    """The γ members of a group's normalisations."""
-    return tuple(member for member in group.role("norm") if member.tensor.rpartition(".")[2] == "weight")
