@@ -5,6 +5,7 @@ Every input is cut from a storage full of NaN, so that one element read from out
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 
 import torch
@@ -100,6 +101,34 @@ CUT_ALIKE = (
     *("rows cut", "one off", "every second", "two layouts", "[N, C]", "[N, C] odd", "[N, C, L]"),
     *("every second channel", "5d", "5d cropped", "9d cropped", "no samples", "no pixels", "no channels"),
 )
+
+
+FAR = 2**31 + 64  # elements: past what 32 bits with a sign hold; twice that, past 32 bits without one
+FAR_APART: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # shape, strides
+    "nchw, samples": ((3, 2, 3, 5), (FAR, 15, 5, 1)),
+    "nchw, channels": ((1, 3, 3, 5), (15, FAR, 5, 1)),
+    "nchw, one channel": ((1, 2, 3, 5), (10, 5, FAR, 1)),
+    "nhwc, samples": ((3, 8, 2, 5), (FAR, 1, 40, 8)),
+    "nhwc, one channel": ((1, 8, 3, 5), (40, 1, FAR, 8)),
+    "[N, C]": ((3, 8), (FAR, 1)),
+}
+
+
+def make_far_pair(name: str) -> tuple[Tensor, Tensor]:
+    """Activation and gradient whose elements lie further apart than 32 bits can say, in memory that is not there.
+
+    Both lie in pages of zeros, of which only those that are written exist. What is read at an offset that wrapped
+    around is 0, so that the result is wrong and nothing crashes.
+    """
+    before, after = FAR + 1024, 2 * FAR + 1024
+    no_reserve = 0x4000  # mmap.MAP_NORESERVE, which Python names from 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (before + after), flags=flags), dtype=torch.bfloat16)
+    shape, strides = FAR_APART[name]
+    pair = [memory.as_strided(shape, strides, before + start) for start in (0, 512)]
+    for i, tensor in enumerate(pair):
+        tensor.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+    return pair[0], pair[1]
 
 
 def make_pair(name: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:

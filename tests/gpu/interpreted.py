@@ -59,6 +59,15 @@ def nan_case(ops: cases.Ops) -> list[str]:
     )
 
 
+def far_apart(ops: cases.Ops) -> list[str]:
+    """Offsets past 32 bits."""
+    found = []
+    for layout in cases.FAR_APART:
+        problems = cases.check_channel_ops(ops, *cases.make_far_pair(layout), twice=False)
+        found += [f"{layout}: {problem}" for problem in problems]
+    return found
+
+
 def same_bits(ops: cases.Ops) -> list[str]:
     """The rows of "all" where samples are apart anyway and no sum is split, and of [N, C]."""
     found = []
@@ -77,4 +86,5 @@ if __name__ == "__main__":
     problems = {name_of(*case): run(interpreted, *case) for case in PLAN}
     problems["nan"] = nan_case(interpreted)
     problems["same bits"] = same_bits(interpreted)
+    problems["far apart"] = far_apart(interpreted)
     Path(sys.argv[1]).write_text(json.dumps(problems))

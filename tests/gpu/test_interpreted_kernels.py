@@ -39,3 +39,7 @@ def test_nan_stays_in_its_channel(problems: dict[str, list[str]]) -> None:
 
 def test_all_reductions_at_once_are_the_same_bits(problems: dict[str, list[str]]) -> None:
     assert problems["same bits"] == []
+
+
+def test_offsets_past_32_bits(problems: dict[str, list[str]]) -> None:
+    assert problems["far apart"] == []
