@@ -44,8 +44,9 @@ def triton_ops() -> cases.Ops:
 
 def run(ops: cases.Ops, layout: str, dtype: str) -> list[str]:
     """What is wrong with one case."""
+    often = dtype == "fp32"
     try:
-        return cases.check_channel_ops(ops, *cases.make_pair(layout, cases.DTYPES[dtype]), twice=dtype == "fp32")
+        return cases.check_channel_ops(ops, *cases.make_pair(layout, cases.DTYPES[dtype]), often, together=often)
     except Exception:
         return [traceback.format_exc()]
 
@@ -71,10 +72,19 @@ def nan_case(ops: cases.Ops) -> list[str]:
     )
 
 
+def far_apart(ops: cases.Ops) -> list[str]:
+    """Offsets past 32 bits."""
+    found = []
+    for layout in ("nchw, one channel", "nhwc, samples", "[N, C]"):
+        problems = cases.check_channel_ops(ops, *cases.make_far_pair(layout), twice=False)
+        found += [f"{layout}: {problem}" for problem in problems]
+    return found
+
+
 def same_bits(ops: cases.Ops) -> list[str]:
     """The rows of "all" where samples are apart anyway and no sum is split, and of [N, C]."""
     found = []
-    for layout in ("nchw 7x7", "nhwc cropped", "[N, C]"):
+    for layout in ("nchw 7x7", "[N, C]"):
         pair = cases.make_pair(layout, torch.float32)
         rows = ops.channel_importance(*pair, "all")
         for row, reduction in zip(rows, cases.REDUCTIONS, strict=True):
@@ -90,4 +100,5 @@ if __name__ == "__main__":
     problems |= {f"{layout}, ReLU": run_relu(interpreted, i, layout) for i, layout in enumerate(cases.PAIRS)}
     problems["nan"] = nan_case(interpreted)
     problems["same bits"] = same_bits(interpreted)
+    problems["far apart"] = far_apart(interpreted)
     Path(sys.argv[1]).write_text(json.dumps(problems))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -94,25 +95,52 @@ def test_large_weights_match_float64(native: Ops) -> None:
     assert cases.check_weight_importance(native, weights, gradients, dims) == []
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+# As they lie in memory. In the last two, one channel of one sample spans more than 2**31 elements.
+LARGE = {
+    "nchw": (36, 64, 1024, 1024),
+    "nhwc": (36, 1024, 1024, 64),
+    "nchw, one channel": (1, 2, 46_400, 46_400),
+    "nhwc, one channel": (1, 16_400, 16_400, 8),
+}
+
+
+def _sums_in_pieces(activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ a·g of every sample and channel in float64, and how much a result may differ; a stretch of rows at a time."""
+    expected = torch.zeros(activation.shape[:2], dtype=torch.float64)
+    allowed = torch.zeros_like(expected)
+    for n in range(activation.shape[0]):
+        for a, g in zip(activation[n].split(1024, 1), gradient[n].split(1024, 1), strict=True):
+            terms = a.double() * g.double()
+            expected[n] += terms.sum((1, 2)).cpu()
+            allowed[n] += cases.tolerance(activation.dtype) * terms.abs().sum((1, 2)).cpu()
+    return expected, allowed
+
+
+@pytest.mark.parametrize("layout", LARGE)
 def test_more_than_two_to_the_31_elements(ops: Ops, layout: str) -> None:
-    shape = (36, 64, 1024, 1024) if layout == "nchw" else (36, 1024, 1024, 64)
-    if torch.cuda.mem_get_info()[0] < 14 * 2**30:
-        pytest.skip("needs 14 GiB of free GPU memory")
+    shape = LARGE[layout]
+    if torch.cuda.mem_get_info()[0] < 5 * math.prod(shape) + 4 * 2**30:
+        pytest.skip("needs 5 bytes of free GPU memory for each of the elements, and 4 GiB")
     generator = torch.Generator("cuda").manual_seed(0)
     pair = [torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(generator=generator) for _ in range(2)]
-    activation, gradient = pair if layout == "nchw" else [x.permute(0, 3, 1, 2) for x in pair]
+    activation, gradient = pair if layout.startswith("nchw") else [x.permute(0, 3, 1, 2) for x in pair]
     assert activation.numel() > 2**31
-    expected, allowed = [], []
-    for a, g in zip(activation, gradient, strict=True):
-        terms = a.double() * g.double()
-        expected.append(terms.sum((1, 2)).cpu())
-        allowed.append(cases.tolerance(torch.bfloat16) * terms.abs().sum((1, 2)).cpu())
-    wanted, error = torch.stack(expected), torch.stack(allowed)
+    wanted, error = _sums_in_pieces(activation, gradient)
     assert cases.difference("sums", ops.channel_sums(activation, gradient), wanted, error) == ""
     total, error = wanted.sum(0), error.sum(0)
-    importance = ops.channel_importance(activation, gradient, "batch")
-    assert cases.difference("batch", importance, total.square(), (2 * total.abs() + error) * error) == ""
+    bounds = total.square(), (2 * total.abs() + error) * error
+    assert cases.difference("batch", ops.channel_importance(activation, gradient, "batch"), *bounds) == ""
+    assert cases.difference("all", ops.channel_importance(activation, gradient, "all")[0], *bounds) == ""
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", cases.CUT_ALIKE)
+def test_all_reductions_at_once_are_the_same_bits(native: Ops, layout: str, dtype: str) -> None:
+    """But for the squares of packed rows, which one fused operation adds."""
+    pair = cases.make_pair(layout, cases.DTYPES[dtype], device="cuda")
+    rows = native.channel_importance(*pair, "all")
+    for row, reduction in list(zip(rows, cases.REDUCTIONS, strict=True))[:3]:
+        assert torch.equal(row, native.channel_importance(*pair, reduction))
 
 
 def test_a_graph_captures_the_channel_ops(ops: Ops) -> None:
@@ -123,7 +151,7 @@ def test_a_graph_captures_the_channel_ops(ops: Ops) -> None:
         ops.accumulate_channel_sums(activation, gradient, sums)
         return [
             ops.channel_sums(activation, gradient),
-            *(ops.channel_importance(activation, gradient, r) for r in cases.REDUCTIONS),
+            *(ops.channel_importance(activation, gradient, r) for r in (*cases.REDUCTIONS, "all")),
         ]
 
     _capture_and_compare(everything, [activation, gradient], sums)

@@ -67,6 +67,11 @@ def test_whole_numbers_are_summed_exactly(emulated: Ops, layout: str) -> None:
         assert torch.equal(emulated.channel_importance(activation, gradient, reduction).double(), expected)
 
 
+@pytest.mark.parametrize("layout", cases.FAR_APART)
+def test_offsets_past_32_bits(emulated: Ops, layout: str) -> None:
+    assert cases.check_channel_ops(emulated, *cases.make_far_pair(layout), twice=False) == []
+
+
 @pytest.mark.parametrize("layout", cases.PAIRS)
 def test_all_reductions_at_once_are_the_same_bits(emulated: Ops, layout: str) -> None:
     """Where samples are apart anyway and no sum is split. Folded samples are added in another order, but for [N, C]."""

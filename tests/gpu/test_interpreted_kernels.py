@@ -44,3 +44,7 @@ def test_all_reductions_at_once_are_the_same_bits(problems: dict[str, list[str]]
 @pytest.mark.parametrize("layout", interpreted.cases.PAIRS)
 def test_relu_matches_pytorch_and_float64(problems: dict[str, list[str]], layout: str) -> None:
     assert problems[f"{layout}, ReLU"] == []
+
+
+def test_offsets_past_32_bits(problems: dict[str, list[str]]) -> None:
+    assert problems["far apart"] == []

@@ -80,12 +80,13 @@ def test_large_tensors_are_split_without_losing_any(backend: str, layout: str) -
 
 
 @each_backend
-def test_threads_change_no_bit(backend: str) -> None:
+@pytest.mark.parametrize("reduction", ["batch", "all"])
+def test_threads_change_no_bit(backend: str, reduction: str) -> None:
     activation, gradient = torch.randn(16, 96, 28, 28), torch.randn(16, 96, 28, 28)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(ops_of(backend).channel_importance(activation, gradient, "batch"))
+        results.append(ops_of(backend).channel_importance(activation, gradient, reduction))
     if backend == "native":
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])

@@ -12,6 +12,7 @@ import torch
 
 from tests.gpu.cases import (
     DTYPES,
+    FAR_APART,
     PAIRS,
     WEIGHT_DTYPES,
     WEIGHTS,
@@ -19,6 +20,7 @@ from tests.gpu.cases import (
     check_channel_ops,
     check_score_relu_backward,
     check_weight_importance,
+    make_far_pair,
     make_pair,
     make_relu,
     make_weights,
@@ -67,6 +69,11 @@ def test_whole_numbers_add_up_exactly(shape: tuple[int, ...]) -> None:
     for dim in range(len(shape)):
         (result,) = ops_of("native").weight_importance([weight], [gradient], [dim], "sum")
         assert torch.equal(result.double(), products.sum([d for d in range(len(shape)) if d != dim]))
+
+
+@pytest.mark.parametrize("layout", FAR_APART)
+def test_offsets_past_32_bits(layout: str) -> None:
+    assert check_channel_ops(ops_of("native"), *make_far_pair(layout)) == []
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

@@ -111,6 +111,9 @@ void check_channels(const Case& k, bool fold) {
   const ChannelPlan p = plan_channels(walk_of(k, 1, true), {k.itemsize, 0, 0}, fold);
   expect(p.path == k.path, "another path than expected", k.name);
   expect(p.blocks > 0 && p.blocks <= INT32_MAX, "blocks", k.name);
+  const int64_t wide = 16 / k.itemsize;
+  const bool divides = k.path != Path::kColumns || k.size[1] % wide == 0;
+  expect(p.vector == (divides ? wide : 1), "loads of another width than expected", k.name);
   std::vector<Seen> seen(p.samples * p.splits * p.channel.size);
   if (p.path == Path::kPacked) {
     visit_packed(k, p, seen);
@@ -140,7 +143,7 @@ void check_all_channels() {
       {"56x56", {256, 64, 56, 56}, Path::kRows},    {"28x28", {64, 512, 28, 28}, Path::kRows},
       {"14x14", {64, 1024, 14, 14}, Path::kPacked}, {"7x7", {256, 512, 7, 7}, Path::kPacked},
       {"27x27", {8, 13, 27, 27}, Path::kRows},      {"1x1", {300, 1000, 1, 1}, Path::kColumns},
-      {"2**33", {2, 8, 16384, 32768}, Path::kRows}};
+      {"2**33", {2, 8, 16384, 32768}, Path::kRows}, {"2**31 of a channel", {1, 8, 46400, 46400}, Path::kRows}};
   for (const Shape& shape : shapes) {
     for (const int64_t itemsize : {2, 4}) {
       if (itemsize == 4 && shape.size[3] > 10000) continue;
@@ -149,6 +152,20 @@ void check_all_channels() {
       for (const bool fold : {false, true}) {
         check_channels({name, shape.size, rows, rows, itemsize, shape.contiguous_path}, fold);
         check_channels({name + " nhwc", shape.size, columns, columns, itemsize, Path::kColumns}, fold);
+      }
+    }
+  }
+}
+
+// [N, C], and tokens: [N, L, C] seen as [N, C, L].
+void check_flat_channels() {
+  for (const bool fold : {false, true}) {
+    for (const int64_t itemsize : {2, 4}) {
+      for (const int64_t channels : {768, 770, 3072}) {
+        const std::vector<int64_t> batch{4096, channels}, tokens{64, channels, 197};
+        const auto flat = contiguous(batch, {0, 1}), last = contiguous(tokens, {0, 2, 1});
+        check_channels({"[N, C]", batch, flat, flat, itemsize, Path::kColumns}, fold);
+        check_channels({"[N, L, C]", tokens, last, last, itemsize, Path::kColumns}, fold);
       }
     }
   }
@@ -214,6 +231,7 @@ void check_weights() {
 
 int main() {
   taylor::check_all_channels();
+  taylor::check_flat_channels();
   taylor::check_weights();
   return taylor::failures == 0 ? 0 : 1;
 }
