@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,9 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 import taylor_cuda as tc
 from taylor_cuda.graph.observe import reader_weights
+from taylor_cuda.graph.program import Program, Ride
+from taylor_cuda.graph.recorder import leaves
 from taylor_cuda.importance.activations import ReaderSums
 from taylor_cuda.importance.examples import examples
 from taylor_cuda.ops import library
+from tests.graph.draw_nets import draw_program
+from tests.graph.random_nets import randomise
 from tests.importance.riding_nets import NETS, Concatenated, Pooled, Residual, RidingNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -413,6 +419,43 @@ def test_a_pass_that_goes_another_way_has_the_right_sums(way: int) -> None:
         torch.testing.assert_close(fused[name], value, rtol=1e-12, atol=1e-14)
     for name, value in expected.items():
         torch.testing.assert_close(taken[name].sum(0), value.sum(0), rtol=1e-10, atol=1e-14)
+
+
+def wrong(random: Random, deep: int, dim: int) -> Ride | None:
+    """A tree that nothing was recorded for."""
+    if random.random() < 0.2:
+        return None
+    ways = tuple(wrong(random, deep - 1, dim) for _ in range(3)) if deep else ()
+    return Ride(dim, random.random() < 0.5, ways)
+
+
+@pytest.mark.filterwarnings("ignore:the activation before", "ignore:input.s size at dim=1")
+@pytest.mark.parametrize("seed", range(12))
+def test_a_wrong_record_gives_the_right_sums(seed: int) -> None:
+    """Which ReLUs give rides is a matter of cost: at random, on random networks, sums and gradients are the same."""
+    random = Random(seed)
+    program = draw_program(random)
+    program.steps = [re.sub(r"F\.gelu|F\.silu|torch\.tanh|F\.hardswish", "F.relu", step) for step in program.steps]
+    program.steps = [re.sub(r"= (self\.l\d+\(\w+\))$", r"= F.relu(\1, True)", step) for step in program.steps]
+    model, x = program.build().double(), program.input(3, seed)
+    randomise(model, seed)
+
+    def run(model: nn.Module, x: Tensor) -> Step:
+        torch.manual_seed(1)
+        model.zero_grad()
+        list(leaves(model(x)))[0].square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    groups = tc.trace(model, x)
+    plain, expected = run(copy.deepcopy(model), x), gate_sums(copy.deepcopy(model), groups, x, run)
+    with tc.fuse_scoring(model, groups) as sums:
+        rides = [wrong(random, 2, random.choice((1, 1, 1, 2))) for _ in range(40)]
+        sums._sums._sites._programs = {True: Program(rides)}
+        for name, value in run(model, x).items():
+            torch.testing.assert_close(value, plain[name], rtol=1e-9, atol=1e-11 * float(plain[name].abs().max()))
+        for name, value in sums.take().items():
+            bound = 1e-10 * float(expected[name].abs().max()) + 1e-14
+            assert (value - expected[name]).abs().max() <= bound, name
 
 
 @pytest.mark.filterwarnings("ignore:the activation before")
