@@ -11,20 +11,20 @@ from taylor_cuda.errors import InputError
 from taylor_cuda.graph.groups import ChannelGroup
 from taylor_cuda.importance.activations import ForwardPass
 
-__all__ = ["examples", "mean_magnitude", "sum_of_squares"]
+__all__ = ["mean_magnitude", "sum_of_squares"]
 
 
 def sum_of_squares(group: ChannelGroup, passes: Sequence[ForwardPass]) -> Tensor:
     """Σ_n t² of every unit, over all forward passes."""
-    return torch.stack([examples(group, forward, mean=False).square().sum(0) for forward in passes]).sum(0)
+    return torch.stack([_examples(group, forward, mean=False).square().sum(0) for forward in passes]).sum(0)
 
 
 def mean_magnitude(group: ChannelGroup, passes: Sequence[ForwardPass]) -> Tensor:
     """mean_n |t / L| of every unit, over all forward passes."""
-    return torch.cat([examples(group, forward, mean=True) for forward in passes]).abs().mean(0)
+    return torch.cat([_examples(group, forward, mean=True) for forward in passes]).abs().mean(0)
 
 
-def examples(group: ChannelGroup, forward: ForwardPass, *, mean: bool) -> Tensor:
+def _examples(group: ChannelGroup, forward: ForwardPass, *, mean: bool) -> Tensor:
     """t[n, unit] of one forward pass, added up over readers; with ``mean`` each reader's sum is divided by its L."""
     total: Tensor | None = None
     for member in group.role("read"):

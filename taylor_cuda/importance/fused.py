@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -10,11 +9,10 @@ from torch import Tensor, nn
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.checks import check_model
-from taylor_cuda.graph.groups import Groups
+from taylor_cuda.graph.groups import ChannelGroup, Groups
 from taylor_cuda.graph.observe import reader_weights
 from taylor_cuda.graph.program import Program, record_programs
 from taylor_cuda.importance.activations import ForwardPass, ReaderSums
-from taylor_cuda.importance.examples import examples
 
 __all__ = ["FusedScoring", "fuse_scoring"]
 
@@ -61,11 +59,8 @@ class FusedScoring:
         passes = [forward for forward in self._sums.take() if forward.sums]
         if not passes:
             raise InputError("take: no forward pass with gradients since the last call; run the model, then backward()")
-        if self._per_example:
-            return {
-                group.name: torch.cat([examples(group, one, mean=False) for one in passes]) for group in self._groups
-            }
-        return _totals(self._groups, passes)
+        put_together = torch.cat if self._per_example else lambda parts: torch.stack(parts).sum(0)
+        return {group.name: put_together([unit_sums(group, one) for one in passes]) for group in self._groups}
 
     def close(self) -> None:
         """Leave the model as it was before."""
@@ -80,19 +75,23 @@ class FusedScoring:
         self.close()
 
 
-def _totals(groups: Groups, passes: Sequence[ForwardPass]) -> dict[str, Tensor]:
-    totals = {}
-    for group in groups:
-        parts = [
-            forward.sums[member.tensor][member.index.to(forward.sums[member.tensor].device)].sum(1)
-            for forward in passes
-            for member in group.role("read")
-            if member.tensor in forward.sums
-        ]
-        if not parts:
-            raise InputError(f"group {group.name!r}: none of its readers ran in the last forward pass")
-        totals[group.name] = torch.stack(parts).sum(0)
-    return totals
+def unit_sums(group: ChannelGroup, forward: ForwardPass) -> Tensor:
+    """``[N, size]`` or ``[size]``: the sums of one forward pass, added up over the readers of each unit."""
+    total: Tensor | None = None
+    for member in group.role("read"):
+        sums = forward.sums.get(member.tensor)
+        if sums is None:
+            continue
+        part = sums[..., member.index.to(sums.device)].sum(-1)
+        if total is not None and total.shape != part.shape:
+            raise InputError(
+                f"group {group.name!r}: its readers see {total.shape[0]} and {part.shape[0]} examples in one forward "
+                "pass; sums of examples need one batch size, take fuse_scoring(per_example=False)"
+            )
+        total = part if total is None else total + part
+    if total is None:
+        raise InputError(f"group {group.name!r}: none of its readers ran in the last forward pass")
+    return total
 
 
 def fuse_scoring(model: nn.Module, groups: Groups, per_example: bool = True) -> FusedScoring:

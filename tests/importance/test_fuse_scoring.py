@@ -20,7 +20,7 @@ from taylor_cuda.graph.observe import reader_weights
 from taylor_cuda.graph.program import Program, Ride
 from taylor_cuda.graph.recorder import leaves
 from taylor_cuda.importance.activations import ReaderSums
-from taylor_cuda.importance.examples import examples
+from taylor_cuda.importance.fused import unit_sums
 from taylor_cuda.ops import library
 from tests.graph.draw_nets import draw_program
 from tests.graph.random_nets import randomise
@@ -65,7 +65,7 @@ def gate_sums(model: nn.Module, groups: tc.Groups, x: Tensor, run: Callable[...,
     run(model, x)
     (forward,) = gates.take()
     gates.close()
-    return {group.name: examples(group, forward, mean=False) for group in groups}
+    return {group.name: unit_sums(group, forward) for group in groups}
 
 
 def close_to(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-10) -> None:
@@ -488,6 +488,26 @@ def test_what_holds_an_activation_gets_a_gate_from_then_on(
     assert held[-1].grad is not None
     t = (held[-1] * held[-1].grad).sum((2, 3))
     torch.testing.assert_close(t, expected["up"], rtol=1e-10, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:the activation before")
+@pytest.mark.parametrize("reader", ["b", "up", "down", "c"])
+def test_what_is_held_may_be_part_of_the_loss(reader: str, residual: tuple[nn.Module, Tensor, tc.Groups]) -> None:
+    """A use that no mode sees, and that comes beside those of the record: an addition, another reader, or nothing."""
+    model, x, groups = residual
+
+    def distilled(model: nn.Module, x: Tensor) -> Step:
+        held: list[Tensor] = []
+        handle = model.get_submodule(reader).register_forward_pre_hook(lambda _m, args: held.append(args[0]))
+        found = step(model, x, lambda loss: (loss + held[0].square().mean()).backward())
+        handle.remove()
+        return found
+
+    plain, expected = distilled(copy.deepcopy(model), x), gate_sums(copy.deepcopy(model), groups, x, distilled)
+    with tc.fuse_scoring(model, groups) as sums:
+        for name, value in distilled(model, x).items():
+            torch.testing.assert_close(value, plain[name], rtol=1e-11, atol=1e-13)
+        close_to(sums.take(), expected)
 
 
 def test_asking_for_a_gradient_that_is_taken_apart_is_an_error(
