@@ -21,7 +21,7 @@ from taylor_cuda.importance.ride import Riding, RidingInputs
 class ForwardPass:
     """What one forward pass left: sums by weight, and per reader the positions of space (or tokens) they run over.
 
-    Readers whose sums ride on one ReLU have them together, under the name of the first; the others may be missing.
+    Readers whose sums ride on one ReLU have them together, under the name of the first; the others have zeros.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -37,7 +37,10 @@ class ForwardPass:
             if there is not None:
                 _check_batch(name, there.shape, sums.shape)
             self.sums[name] = sums if there is None else there + sums
-            self.length.setdefault(name, one.length)
+            for other in one.others:
+                self.sums.setdefault(other, torch.zeros_like(sums))
+            for name in (one.reader, *one.others):
+                self.length.setdefault(name, one.length)
 
 
 def _check_batch(name: str, there: torch.Size | tuple[int, ...], shape: torch.Size | tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ from taylor_cuda.graph.groups import ChannelGroup
 from taylor_cuda.importance.activations import ForwardPass
 from taylor_cuda.importance.units import UnitSums
 
-__all__ = ["batch_sums", "example_sums", "examples"]
+__all__ = ["batch_sums", "example_sums"]
 
 
 def batch_sums(passes: Sequence[ForwardPass], readers: Sequence[str], units: UnitSums) -> list[Tensor]:
@@ -91,25 +91,3 @@ def _completed(
 
 def _with_rows(sums: Tensor, rows: int) -> Tensor:
     return sums if len(sums) == rows else torch.nn.functional.pad(sums, (0, 0, 0, rows - len(sums)))
-
-
-def examples(group: ChannelGroup, forward: ForwardPass) -> Tensor:
-    """t[n, unit] of one group in one forward pass, added up over its readers: ``[N, size]``, or ``[size]`` of batches.
-
-    Raises:
-        InputError: the group's readers saw several numbers of examples, or none of them ran.
-    """
-    parts = [
-        forward.sums[member.tensor][..., member.index.to(forward.sums[member.tensor].device)].sum(-1)
-        for member in group.role("read")
-        if member.tensor in forward.sums
-    ]
-    if not parts:
-        raise InputError(f"group {group.name!r}: none of its readers ran in the last forward pass")
-    if any(part.shape != parts[0].shape for part in parts):
-        counts = sorted({part.shape[0] for part in parts})
-        raise InputError(
-            f"group {group.name!r}: its readers see {counts[0]} and {counts[-1]} examples in one forward pass; "
-            "per-example sums need one batch size"
-        )
-    return torch.stack(parts).sum(0)

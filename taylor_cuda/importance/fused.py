@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.checks import check_model
-from taylor_cuda.graph.groups import Groups
+from taylor_cuda.graph.groups import ChannelGroup, Groups
 from taylor_cuda.graph.observe import reader_weights
 from taylor_cuda.graph.program import Program, record_programs
-from taylor_cuda.importance.activations import ReaderSums
-from taylor_cuda.importance.examples import examples
+from taylor_cuda.importance.activations import ForwardPass, ReaderSums
 
 __all__ = ["FusedScoring", "fuse_scoring"]
 
@@ -60,10 +59,8 @@ class FusedScoring:
         passes = [forward for forward in self._sums.take() if forward.sums]
         if not passes:
             raise InputError("take: no forward pass with gradients since the last call; run the model, then backward()")
-        found = {group.name: [examples(group, forward) for forward in passes] for group in self._groups}
-        if self._per_example:
-            return {name: torch.cat(parts) for name, parts in found.items()}
-        return {name: torch.stack(parts).sum(0) for name, parts in found.items()}
+        put_together = torch.cat if self._per_example else lambda parts: torch.stack(parts).sum(0)
+        return {group.name: put_together([unit_sums(group, one) for one in passes]) for group in self._groups}
 
     def close(self) -> None:
         """Leave the model as it was before."""
@@ -76,6 +73,25 @@ class FusedScoring:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def unit_sums(group: ChannelGroup, forward: ForwardPass) -> Tensor:
+    """``[N, size]`` or ``[size]``: the sums of one forward pass, added up over the readers of each unit."""
+    total: Tensor | None = None
+    for member in group.role("read"):
+        sums = forward.sums.get(member.tensor)
+        if sums is None:
+            continue
+        part = sums[..., member.index.to(sums.device)].sum(-1)
+        if total is not None and total.shape != part.shape:
+            raise InputError(
+                f"group {group.name!r}: its readers see {total.shape[0]} and {part.shape[0]} examples in one forward "
+                "pass; sums of examples need one batch size, take fuse_scoring(per_example=False)"
+            )
+        total = part if total is None else total + part
+    if total is None:
+        raise InputError(f"group {group.name!r}: none of its readers ran in the last forward pass")
+    return total
 
 
 def fuse_scoring(model: nn.Module, groups: Groups, per_example: bool = True) -> FusedScoring:

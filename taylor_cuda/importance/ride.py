@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Riding:
         at: which call of a ReLU it is.
         sums: ``[N, C]`` or ``[C]`` over the channels of the ReLU.
         reader: name of the weight of the first reader; empty before it is called.
+        others: those of the others.
         length: L at the inputs of the readers.
         width: how many of their channels, side by side, one channel of the ReLU became.
     """
@@ -45,6 +46,7 @@ class Riding:
     reader: str = ""
     length: int = 0
     width: int = 1
+    others: list[str] = field(default_factory=list)
 
     def spread(self) -> Tensor:
         """The sums as a gate at the reader would have them, but for where in a ReLU's channel they stand."""
@@ -245,6 +247,8 @@ class RidingInputs(ReaderAndNormInputs):
             self._riding.append(riding)
         elif (riding.length, riding.width) != (length, tracked.stop.width):
             return None
+        else:
+            riding.others.append(name)
         return tracked.alias
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,9 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 import taylor_cuda as tc
 from taylor_cuda.graph.observe import reader_weights
+from taylor_cuda.graph.program import Program, Ride
+from taylor_cuda.graph.recorder import leaves
 from taylor_cuda.importance.activations import ReaderSums
-from taylor_cuda.importance.examples import examples
+from taylor_cuda.importance.fused import unit_sums
 from taylor_cuda.ops import library
+from tests.graph.draw_nets import draw_program
+from tests.graph.random_nets import randomise
 from tests.importance.riding_nets import NETS, Concatenated, Pooled, Residual, RidingNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +65,7 @@ def gate_sums(model: nn.Module, groups: tc.Groups, x: Tensor, run: Callable[...,
     run(model, x)
     (forward,) = gates.take()
     gates.close()
-    return {group.name: examples(group, forward) for group in groups}
+    return {group.name: unit_sums(group, forward) for group in groups}
 
 
 def close_to(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-10) -> None:
@@ -415,6 +421,43 @@ def test_a_pass_that_goes_another_way_has_the_right_sums(way: int) -> None:
         torch.testing.assert_close(taken[name].sum(0), value.sum(0), rtol=1e-10, atol=1e-14)
 
 
+def wrong(random: Random, deep: int, dim: int) -> Ride | None:
+    """A tree that nothing was recorded for."""
+    if random.random() < 0.2:
+        return None
+    ways = tuple(wrong(random, deep - 1, dim) for _ in range(3)) if deep else ()
+    return Ride(dim, random.random() < 0.5, ways)
+
+
+@pytest.mark.filterwarnings("ignore:the activation before", "ignore:input.s size at dim=1")
+@pytest.mark.parametrize("seed", range(12))
+def test_a_wrong_record_gives_the_right_sums(seed: int) -> None:
+    """Which ReLUs give rides is a matter of cost: at random, on random networks, sums and gradients are the same."""
+    random = Random(seed)
+    program = draw_program(random)
+    program.steps = [re.sub(r"F\.gelu|F\.silu|torch\.tanh|F\.hardswish", "F.relu", step) for step in program.steps]
+    program.steps = [re.sub(r"= (self\.l\d+\(\w+\))$", r"= F.relu(\1, True)", step) for step in program.steps]
+    model, x = program.build().double(), program.input(3, seed)
+    randomise(model, seed)
+
+    def run(model: nn.Module, x: Tensor) -> Step:
+        torch.manual_seed(1)
+        model.zero_grad()
+        next(iter(leaves(model(x)))).square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    groups = tc.trace(model, x)
+    plain, expected = run(copy.deepcopy(model), x), gate_sums(copy.deepcopy(model), groups, x, run)
+    with tc.fuse_scoring(model, groups) as sums:
+        rides = [wrong(random, 2, random.choice((1, 1, 1, 2))) for _ in range(40)]
+        sums._sums._sites._programs = {True: Program(rides)}
+        for name, value in run(model, x).items():
+            torch.testing.assert_close(value, plain[name], rtol=1e-9, atol=1e-11 * float(plain[name].abs().max()))
+        for name, value in sums.take().items():
+            bound = 1e-10 * float(expected[name].abs().max()) + 1e-14
+            assert (value - expected[name]).abs().max() <= bound, name
+
+
 @pytest.mark.filterwarnings("ignore:the activation before")
 def test_a_pass_that_cannot_be_summed_is_an_error() -> None:
     model, x = made(Fickle), torch.randn(6, 3, 8, 8, dtype=torch.float64)
@@ -445,6 +488,26 @@ def test_what_holds_an_activation_gets_a_gate_from_then_on(
     assert held[-1].grad is not None
     t = (held[-1] * held[-1].grad).sum((2, 3))
     torch.testing.assert_close(t, expected["up"], rtol=1e-10, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:the activation before")
+@pytest.mark.parametrize("reader", ["b", "up", "down", "c"])
+def test_what_is_held_may_be_part_of_the_loss(reader: str, residual: tuple[nn.Module, Tensor, tc.Groups]) -> None:
+    """A use that no mode sees, and that comes beside those of the record: an addition, another reader, or nothing."""
+    model, x, groups = residual
+
+    def distilled(model: nn.Module, x: Tensor) -> Step:
+        held: list[Tensor] = []
+        handle = model.get_submodule(reader).register_forward_pre_hook(lambda _m, args: held.append(args[0]))
+        found = step(model, x, lambda loss: (loss + held[0].square().mean()).backward())
+        handle.remove()
+        return found
+
+    plain, expected = distilled(copy.deepcopy(model), x), gate_sums(copy.deepcopy(model), groups, x, distilled)
+    with tc.fuse_scoring(model, groups) as sums:
+        for name, value in distilled(model, x).items():
+            torch.testing.assert_close(value, plain[name], rtol=1e-11, atol=1e-13)
+        close_to(sums.take(), expected)
 
 
 def test_asking_for_a_gradient_that_is_taken_apart_is_an_error(
