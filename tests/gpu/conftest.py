@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,3 +33,10 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="session")
+def remembered(request: pytest.FixtureRequest) -> Path | None:
+    """A folder for what compiled kernels use, kept from run to run; None where pytest keeps nothing."""
+    cache = getattr(request.config, "cache", None)
+    return None if cache is None else Path(cache.mkdir("compiled_kernels"))

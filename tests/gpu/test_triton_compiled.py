@@ -1,115 +1,64 @@
-"""Every Triton kernel compiled ahead of time for Hopper, without a GPU, as the shapes of networks configure it."""
+"""Every Triton kernel compiled ahead of time for Ampere and Hopper, without a GPU, as shapes of networks launch it."""
 
 from __future__ import annotations
 
-import os
+import collections
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from tests.gpu import sass
+from tests.gpu import resources, triton_launches
+from tests.gpu.triton_launches import LAYOUTS, all_launches, launches_of, layout, record, rows_of, triton_op
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"),
-    pytest.mark.skipif(sass.cuobjdump() is None, reason="this triton has no cuobjdump"),
-]
+pytestmark = pytest.mark.skipif(
+    triton_launches.toolchain() is None,
+    reason="nothing is compiled: TRITON_INTERPRET=1, or this triton has no cuobjdump",
+)
 
 
-def compile_for_hopper(
-    kernel: Any, constants: dict[str, Any], types: dict[str, str], warps: int, folder: Path
-) -> sass.Kernel:
-    """Compile with 16-byte aligned pointers and 32-bit sizes, as the JIT does for tensors and ordinary numbers."""
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_partial_sums_load_as_their_documentation_says(name: str) -> None:
+    run = triton_op("channel_sums")
+    assert run is not None
+    launch = record(lambda: run(layout(name), layout(name)))[0]
+    kernel, _ = triton_launches.compile_launch(launch, "sm_90")
+    load = LAYOUTS[name][3]
+    assert kernel.count(load) == kernel.count("LDG") >= 2
+
+
+def test_every_kernel_is_launched_by_some_op() -> None:
+    """A kernel that no recorded launch reaches would be in no table."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = kernel.arg_names
-    pointers = [name for name in names if name.endswith("_ptr")]
-    signature = {
-        name: "constexpr" if name in constants else "*" + types[name] if name in pointers else "i32" for name in names
+    launched = {launch.kernel.__name__ for launch in all_launches()}
+    modules = {launch.kernel.fn.__module__ for launch in all_launches()}
+    kernels = {
+        value.__name__
+        for module in modules
+        for value in vars(__import__(module, fromlist=["_"])).values()
+        if isinstance(value, triton.runtime.jit.JITFunction) and value.__name__.endswith("_kernel")
     }
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    (result,) = sass.kernels_of(cubin)
-    return result
+    assert kernels - launched == set(), "not launched by what triton_launches.CALLS or tests/ops/inputs.py call"
 
 
-def _nhwc(shape: tuple[int, ...]) -> tuple[int, ...]:
-    _, c, h, w = shape
-    return (c * h * w, 1, w * c, c)
+def test_names_tell_launches_apart() -> None:
+    counts = collections.Counter(launch.name for launch in all_launches())
+    assert [name for name, count in counts.items() if count > 1] == []
 
 
-# Layout: shape, strides (None: contiguous), type, and the loads that the documentation of the kernels promises for it.
-SUMS: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype, str]] = {
-    "nhwc bf16": ((256, 64, 56, 56), _nhwc((256, 64, 56, 56)), torch.bfloat16, "LDG.E.128"),
-    "nhwc fp32": ((256, 64, 56, 56), _nhwc((256, 64, 56, 56)), torch.float32, "LDG.E.128"),
-    "nhwc bf16, 24 channels": ((64, 24, 28, 28), _nhwc((64, 24, 28, 28)), torch.bfloat16, "LDG.E.128"),
-    "nhwc bf16, 7x7": ((256, 512, 7, 7), _nhwc((256, 512, 7, 7)), torch.bfloat16, "LDG.E.128"),
-    "nhwc bf16, 13 channels": ((64, 13, 28, 28), _nhwc((64, 13, 28, 28)), torch.bfloat16, "LDG.E.U16"),
-    "nhwc bf16, cropped": ((64, 64, 28, 28), (64 * 900, 1, 64 * 30, 64), torch.bfloat16, "LDG.E.128"),
-    "nchw bf16": ((256, 64, 56, 56), None, torch.bfloat16, "LDG.E.128"),
-    "nchw fp32": ((256, 64, 56, 56), None, torch.float32, "LDG.E.128"),
-    "nchw bf16, 14x14": ((256, 256, 14, 14), None, torch.bfloat16, "LDG.E.64"),
-    "nchw bf16, 7x7": ((256, 512, 7, 7), None, torch.bfloat16, "LDG.E.U16"),
-    "nchw fp32, cropped": ((64, 64, 28, 28), (64 * 900, 900, 30, 1), torch.float32, "LDG.E"),
-    "[N, C] bf16": ((4096, 1024), None, torch.bfloat16, "LDG.E.128"),
-}
+@pytest.mark.parametrize("op", triton_launches.ops())
+def test_resources_are_those_of_the_table(op: str, remembered: Path | None) -> None:
+    measured = [row for launch in launches_of(op) for row in rows_of(launch, remembered)]
+    assert [f"{row}: spills" for row in measured if row.spills or row.stack] == []
+    table = [row for row in resources.read_table() if row.toolchain == triton_launches.toolchain()]
+    if not table:
+        pytest.skip(f"{resources.TABLE.name} has no {triton_launches.toolchain()}; nothing spills")
+    mine = {row.place for row in measured}
+    assert resources.problems_of(measured, [row for row in table if row.place in mine]) == []
 
 
-@pytest.mark.parametrize("name", SUMS)
-def test_partial_sums(name: str, tmp_path: Path) -> None:
-    import triton.language as tl
-
-    from taylor_cuda.kernels import _launch, _sums
-
-    shape, strides, dtype, load = SUMS[name]
-    tensor = torch.empty(shape, dtype=dtype, device="meta")
-    if strides is not None:
-        tensor = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    pair = _launch.make_pair(tensor, tensor, fold=False)
-    tiling = _launch.make_tiling(pair)
-    kernel = _sums.column_sums_kernel if pair.columns else _sums.row_sums_kernel
-    constants = {
-        **{"MAP": _sums.PRODUCT, "ADD": False, "ACC": tl.float32, "UNIT": tiling.unit, "CONTIGUOUS": tiling.contiguous},
-        **{"NESTED": pair.outer.size > 1, "BLOCK_L": tiling.block_length, "TRIPS": tiling.trips},
-        "BLOCK_C" if pair.columns else "BLOCK_R": tiling.block_across,
-    }
-    element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    types = {"a_ptr": element, "g_ptr": element, "out_ptr": "fp32"}
-    compiled = compile_for_hopper(kernel, constants, types, tiling.warps, tmp_path)
-    assert (compiled.spills, compiled.stack) == (0, 0)
-    assert compiled.registers <= 255
-    assert compiled.count(load) == compiled.count("LDG") >= 2
-
-
-@pytest.mark.parametrize(("post", "splits"), [(0, 1), (1, 4), (2, 32)])
-def test_the_finish_over_samples(post: int, splits: int, tmp_path: Path) -> None:
-    import triton.language as tl
-
-    from taylor_cuda.kernels import _sums
-
-    constants = {"MAP": post, "SQUARE_TOTAL": post == 0, "ADD": False, "ACC": tl.float32}
-    blocks = {"BLOCK_N": 128 // splits, "BLOCK_S": splits, "BLOCK_C": 32}
-    types = {"t_ptr": "fp32", "out_ptr": "fp32"}
-    compiled = compile_for_hopper(_sums.finish_channels_kernel, {**constants, **blocks}, types, 8, tmp_path)
-    assert (compiled.spills, compiled.stack) == (0, 0)
-
-
-@pytest.mark.parametrize("add", [False, True])
-def test_the_finish_of_samples(add: bool, tmp_path: Path) -> None:
-    import triton.language as tl
-
-    from taylor_cuda.kernels import _sums
-
-    constants = {"ADD": add, "ACC": tl.float32, "BLOCK": 256}
-    compiled = compile_for_hopper(
-        _sums.finish_samples_kernel, constants, {"t_ptr": "fp32", "out_ptr": "fp32"}, 4, tmp_path
-    )
-    assert (compiled.spills, compiled.stack) == (0, 0)
+def test_the_table_has_no_line_too_many() -> None:
+    kernels = {launch.name for launch in all_launches()}
+    lines = [row for row in resources.read_table() if row.toolchain.startswith("triton")]
+    assert sorted({row.kernel for row in lines} - kernels) == [], f"no longer launched: run {resources.WRITE}"
