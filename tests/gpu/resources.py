@@ -7,6 +7,7 @@ those of others. Nothing that spills or lost a wide load that its source promise
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import json
@@ -43,7 +44,10 @@ WIDE = {
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. Wide are instructions that move 16 bytes; bytes of ``shared`` are 1 KiB more on Hopper."""
+    """A line of the table. Wide are instructions that move 16 bytes; bytes of ``shared`` are 1 KiB more on Hopper.
+
+    ``loads`` are those from global memory, such as ``8 LDG.E.128``.
+    """
 
     toolchain: str
     source: str
@@ -55,6 +59,7 @@ class Row:
     shared: int
     wide_loads: int
     wide_stores: int
+    loads: str
 
     @property
     def place(self) -> tuple[str, str, str, str]:
@@ -67,7 +72,9 @@ class Row:
 def row_of(kernel: sass.Kernel, toolchain: str, source: str, name: str, arch: str, shared: int) -> Row:
     """The line of a compiled kernel."""
     wide = kernel.wide("LDG"), kernel.wide("STG")
-    return Row(toolchain, source, name, arch, kernel.registers, kernel.spills, kernel.stack, shared, *wide)
+    loads = collections.Counter(name for name in kernel.instructions if name.startswith("LDG"))
+    texts = ", ".join(f"{count} {name}" for name, count in sorted(loads.items()))
+    return Row(toolchain, source, name, arch, kernel.registers, kernel.spills, kernel.stack, shared, *wide, texts)
 
 
 def read_table() -> list[Row]:
