@@ -31,10 +31,10 @@ def _define(op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str
     _LIBRARY.define(name + torch.library.infer_schema(op, mutates_args=mutates))
 
     def run(*args: Any) -> Any:
-        first = args[0] if isinstance(args[0], Tensor) else next(iter(args[0]), None)
-        device = "cpu" if first is None else first.device.type
+        device = _device_of(args)
         with torch.no_grad():
-            return backends.select(name, device)(*args)
+            # Where nothing says on which device, there is nothing to compute either, and native code can't be reached.
+            return op(*args) if device is None else backends.select(name, device)(*args)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -45,6 +45,15 @@ def _define(op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str
     if mutates:
         return overload  # autograd has to hear of it
     return lambda *args: overload(*args) if _is_watched() or not _are_plain(args) else run(*args)
+
+
+def _device_of(args: Sequence[Any]) -> str | None:
+    """The type of device of the first tensor among the arguments and in their lists."""
+    for value in args:
+        first = next(iter(value), None) if isinstance(value, (list, tuple)) else value
+        if isinstance(first, Tensor):
+            return first.device.type
+    return None
 
 
 def _is_watched() -> bool:
