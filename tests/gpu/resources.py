@@ -69,6 +69,14 @@ class Row:
         return f"{self.source}: {self.kernel} for {self.arch} ({self.toolchain})"
 
 
+def architectures() -> tuple[str, ...]:
+    """Those to look at: both, or on a machine with a GPU of one of them that one, whose time is dear."""
+    if not torch.cuda.is_available():
+        return ARCHITECTURES
+    here = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return (here,) if here in ARCHITECTURES else ARCHITECTURES
+
+
 def row_of(kernel: sass.Kernel, toolchain: str, source: str, name: str, arch: str, shared: int) -> Row:
     """The line of a compiled kernel."""
     wide = kernel.wide("LDG"), kernel.wide("STG")
@@ -165,12 +173,12 @@ def nvcc_toolchain() -> str | None:
     return f"nvcc {release[1]}" if release else None
 
 
-def compile_source(source: Path, architectures: Sequence[str], folder: Path) -> list[sass.Kernel]:
+def compile_source(source: Path, for_architectures: Sequence[str], folder: Path) -> list[sass.Kernel]:
     """The kernels of one source, compiled for several architectures by one call of nvcc."""
     binary = folder / "kernels.fatbin"
     folders = ["-I", str(emulator.ROOT / "csrc"), "-isystem", str(emulator.torch_folder() / "include")]
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads", "2", *emulator.STABLE_ABI]
-    for arch in architectures:
+    for arch in for_architectures:
         flags += ["-gencode", f"arch=compute_{arch[3:]},code={arch}"]
     command = [str(sass.toolkit("nvcc")), *flags, *folders, "-fatbin", str(source), "-o", str(binary)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -178,10 +186,10 @@ def compile_source(source: Path, architectures: Sequence[str], folder: Path) -> 
     return sass.kernels_of(binary)
 
 
-def rows_of_source(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> list[Row]:
+def rows_of_source(source: Path) -> list[Row]:
     """The lines of one CUDA source."""
     with tempfile.TemporaryDirectory() as folder:
-        kernels = compile_source(source, architectures, Path(folder))
+        kernels = compile_source(source, architectures(), Path(folder))
     return _nvcc_rows(kernels, source.stem)
 
 
@@ -220,7 +228,7 @@ def fingerprint(*parts: object) -> str:
 def fingerprint_of_source(source: Path) -> str:
     """Of everything that decides what nvcc makes of a source."""
     headers = [path for path in _inputs() if path.suffix in (".h", ".cuh")]
-    return fingerprint(nvcc_toolchain(), torch.__version__, Path(__file__), source, *headers)
+    return fingerprint(nvcc_toolchain(), torch.__version__, architectures(), Path(__file__), source, *headers)
 
 
 def remembered(folder: Path | None, name: str, key: str, measure: Callable[[], list[Row]]) -> list[Row]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.gpu import resources, sass
-from tests.gpu.resources import ARCHITECTURES, Row
+from tests.gpu.resources import Row
 
 pytestmark = [
     pytest.mark.skipif(
@@ -29,9 +28,8 @@ def built(remembered: Path | None) -> list[Row]:
 
 def rows_of(source: Path, built: list[Row], folder: Path | None) -> list[Row]:
     """The lines of a source: of the library, and of what has to be compiled for want of it."""
-    rows = [row for row in built if row.source == source.stem]
-    missing = [arch for arch in ARCHITECTURES if arch not in {row.arch for row in rows}]
-    if not missing or (rows and torch.cuda.is_available()):  # a build for the GPU at hand is what will run
+    rows = [row for row in built if row.source == source.stem and row.arch in resources.architectures()]
+    if {row.arch for row in rows} == set(resources.architectures()):
         return rows
     key = resources.fingerprint_of_source(source)
     return resources.remembered(folder, source.stem, key, lambda: resources.rows_of_source(source))

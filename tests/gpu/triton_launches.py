@@ -198,9 +198,10 @@ def rows_of(launch: Launch, folder: Path | None = None) -> list[resources.Row]:
     """The lines of a launch, for both architectures."""
     sources = sorted((emulator.ROOT / "kernels").glob("*.py"))
     parts = (launch.signature, launch.constants, launch.multiples, launch.options)
-    key = resources.fingerprint(toolchain(), launch.name, *map(repr, parts), Path(__file__), *sources)
+    settings = (toolchain(), resources.architectures(), launch.name, *map(repr, parts))
+    key = resources.fingerprint(*settings, Path(__file__), *sources)
     name = f"{launch.kernel.__name__}.{resources.fingerprint(launch.name)[:8]}"
-    return resources.remembered(folder, name, key, lambda: [row_of(launch, arch) for arch in resources.ARCHITECTURES])
+    return resources.remembered(folder, name, key, lambda: [row_of(launch, arch) for arch in resources.architectures()])
 
 
 def all_launches() -> list[Launch]:
