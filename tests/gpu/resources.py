@@ -33,11 +33,14 @@ MARGIN = 8  # registers are allocated in eights
 MOST_REGISTERS = 128  # two blocks of 256 threads on a multiprocessor at the least
 
 # Kernels that load 16 bytes at a time wherever they load, by source: a new source needs its line. What stores so too
-# has a * behind.
+# has a * at the end of its pattern.
 WIDE = {
     "accumulate_channel_sums": "",
     "channel_importance": r"(column_sums|row_sums|packed_sums)_kernel<\w+, [248],",
     "channel_sums": r"(column_sums|row_sums|packed_sums)_kernel<\w+, [248],",
+    "accumulate_importance": "",  # gathers
+    "keep_mask": "",  # scores in any stride
+    "score_relu_backward": r"(column|row|packed)_relu_kernel<\w+, [248],*",
     "weight_importance": r"weights_kernel<\w+, \w+, [248]>",
 }
 

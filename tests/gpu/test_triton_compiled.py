@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from tests.gpu import resources, triton_launches
-from tests.gpu.triton_launches import LAYOUTS, all_launches, launches_of, layout, record, rows_of, triton_op
+from tests.gpu.triton_launches import (
+    LAYOUTS,
+    all_launches,
+    compile_for_hopper,
+    launches_of,
+    layout,
+    record,
+    rows_of,
+    triton_op,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -64,3 +73,16 @@ def test_the_table_has_no_line_too_many() -> None:
     kernels = {launch.name for launch in all_launches()}
     lines = [row for row in resources.read_table() if row.toolchain.startswith("triton")]
     assert sorted({row.kernel for row in lines} - kernels) == [], f"no longer launched: run {resources.WRITE}"
+
+
+@pytest.mark.parametrize(("post", "splits"), [(1, 4), (2, 32)])
+def test_the_finish_over_other_numbers_of_splits(post: int, splits: int, tmp_path: Path) -> None:
+    import triton.language as tl
+
+    from taylor_cuda.kernels import _sums
+
+    constants = {"MAP": post, "SQUARE_TOTAL": False, "ADD": False, "ACC": tl.float32}
+    blocks = {"BLOCK_N": 128 // splits, "BLOCK_S": splits, "BLOCK_C": 32}
+    types = {"t_ptr": "fp32", "out_ptr": "fp32"}
+    compiled = compile_for_hopper(_sums.finish_channels_kernel, {**constants, **blocks}, types, 8, tmp_path)
+    assert (compiled.spills, compiled.stack) == (0, 0)

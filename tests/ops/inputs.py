@@ -52,10 +52,43 @@ def _weights(m: Maker) -> tuple[list[Tensor], list[Tensor], list[int]]:
     return [m(*shape) for shape, _ in shapes], [m(*shape) for shape, _ in shapes], [dim for _, dim in shapes]
 
 
+def _window(m: Maker) -> tuple[Tensor, Tensor]:
+    return m.sums(4000), m.whole(0, 0)
+
+
 INPUTS: dict[str, Callable[[Maker], list[Call]]] = {
     "channel_importance": lambda m: [(*pair, r) for pair in _pairs(m) for r in reference.CHANNEL_REDUCTIONS],
     "channel_sums": lambda m: list(_pairs(m)),
     "accumulate_channel_sums": lambda m: [(a, g, m.sums(*a.shape[first:2])) for a, g in _pairs(m) for first in (0, 1)],
+    "accumulate_importance": lambda m: [
+        (
+            [m.sums(*n, 3000), m.sums(*n, 5000)],
+            m.whole(*range(8000)),
+            m.whole(*range(0, 8001, 2)),
+            *_window(m),
+            reduction,
+        )
+        for n in ((), (30,))
+        for reduction in ("batch", "sample", "abs", "sum")
+    ],
+    "batch_norm_relu_backward": lambda m: [
+        (g, x, None, m.sums(c), m.sums(c).abs(), m.sums(c), m.sums(c), m.sums(*x.shape[:2]), True, True, [True] * 4)
+        for x, g in _pairs(m)
+        for c in x.shape[1:2]
+    ],
+    "batch_norm_relu_forward": lambda m: [
+        (x, m.sums(c), m.sums(c).abs(), m.sums(c), m.sums(c), residual, training, 0.1, 1e-5, True)
+        for x, residual in _pairs(m)
+        for c in x.shape[1:2]
+        for training in (True, False)
+    ],
+    "keep_mask": lambda m: [(m.sums(n).mul(8).round(), m.whole(n // 3, shape=())) for n in (1, 5000, 70_000)],
+    "score_relu_backward": lambda m: [
+        (a.relu(), g, m.sums(*a.shape[first:2]), *skip)
+        for a, g in _pairs(m)
+        for first in (0, 1)
+        for skip in ((), (g * 2, m.sums(*a.shape[first:2])))
+    ],
     "weight_importance": lambda m: [(*_weights(m), r) for r in reference.WEIGHT_REDUCTIONS],
 }
 
