@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import taylor_cuda as tc
-from taylor_cuda.ops import accumulate_channel_sums
+from taylor_cuda.ops import accumulate_channel_sums, backends
 from tests.importance.gated_nets import ConvBias, ConvBN, gate_gradients, make
 from tests.ops.checks import each_backend, ops_of
 
@@ -87,11 +87,13 @@ def test_importance_of_gradients_that_lie_otherwise_than_their_weights(net: type
         torch.testing.assert_close(score.double(), expected[name].square(), rtol=1e-5, atol=1e-12)
 
 
-def test_a_list_of_nothing_has_no_scores() -> None:
-    for reduction in ("sum", "square", "abs"):
-        assert tc.weight_importance([], [], [], reduction) == []
-        assert tc.weight_importance((), (), (), reduction) == []
-        assert torch.ops.taylor_cuda.weight_importance([], [], [], reduction) == []
+@each_backend
+def test_a_list_of_nothing_has_no_scores(backend: str) -> None:
+    with backends.use(backend):
+        for reduction in ("sum", "square", "abs"):
+            assert tc.weight_importance([], [], [], reduction) == []
+            assert tc.weight_importance((), (), (), reduction) == []
+            assert torch.ops.taylor_cuda.weight_importance([], [], [], reduction) == []
     with pytest.raises(tc.InputError, match="got 0, 1 and 1 entries"):
         tc.weight_importance([], [HERE], [0])
 
