@@ -20,16 +20,13 @@ _LIBRARY = torch.library.Library("taylor_cuda", "DEF")
 _PLAIN = frozenset({Tensor, Parameter})
 
 
-def _define(
-    op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = (), placed_by: int = 0
-) -> Callable[..., Any]:
+def _define(op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Register one op. The annotations of its reference function are its schema, and it has no gradient of its own.
 
     Args:
         op: the reference function.
         fake: checks shapes, and makes results without numbers in them.
         mutates: names of the arguments that it changes.
-        placed_by: position of the argument whose device is the op's.
 
     Returns:
         What the package calls: the op, or, for a plain eager call, what it would run. The dispatcher's way through
@@ -39,10 +36,10 @@ def _define(
     _LIBRARY.define(name + torch.library.infer_schema(op, mutates_args=mutates))
 
     def run(*args: Any) -> Any:
-        first = args[placed_by] if isinstance(args[placed_by], Tensor) else next(iter(args[placed_by]), None)
-        device = "cpu" if first is None else first.device.type
+        device = _device_of(args)
         with torch.no_grad():
-            return backends.select(name, device)(*args)
+            # Where nothing says on which device, there is nothing to compute either, and native code can't be reached.
+            return op(*args) if device is None else backends.select(name, device)(*args)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -60,6 +57,15 @@ def _define(
         return result
 
     return call
+
+
+def _device_of(args: Sequence[Any]) -> str | None:
+    """The type of device of the first tensor among the arguments and in their lists."""
+    for value in args:
+        first = next(iter(value), None) if isinstance(value, (list, tuple)) else value
+        if isinstance(first, Tensor):
+            return first.device.type
+    return None
 
 
 def _is_watched() -> bool:
@@ -149,7 +155,7 @@ channel_sums = _define(reference.channel_sums, _fake_channel_sums)
 accumulate_channel_sums = _define(reference.accumulate_channel_sums, _fake_accumulate_channel_sums, mutates=("sums",))
 weight_importance = _define(reference.weight_importance, _fake_weight_importance)
 accumulate_importance = _define(
-    reference.accumulate_importance, _fake_accumulate_importance, mutates=("window", "counts"), placed_by=3
+    reference.accumulate_importance, _fake_accumulate_importance, mutates=("window", "counts")
 )
 keep_mask = _define(reference.keep_mask, _fake_keep_mask)
 score_relu_backward = _define(reference.score_relu_backward, _fake_score_relu_backward, mutates=("sums", "skip_sums"))

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.gpu import emulator
 from tests.gpu.cases import Ops
+from tests.ops.checks import BACKENDS, ops_of
 
 DEFINITIONS = torch.library.Library("taylor_cuda_emulated", "DEF")  # kept alive: the ops die with it
 
@@ -32,3 +34,17 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="session")
+def remembered(request: pytest.FixtureRequest) -> Path | None:
+    """A folder for what compiled kernels use, kept from run to run; None where pytest keeps nothing."""
+    cache = getattr(request.config, "cache", None)
+    return None if cache is None else Path(cache.mkdir("compiled_kernels"))
+
+
+@pytest.fixture(params=["emulated", *BACKENDS])
+def any_ops(request: pytest.FixtureRequest) -> Ops:
+    """The CUDA kernels on the CPU, and every backend of the CPU."""
+    found: Ops = request.getfixturevalue("emulated") if request.param == "emulated" else ops_of(request.param)
+    return found

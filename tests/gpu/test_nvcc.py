@@ -1,54 +1,54 @@
-"""Every CUDA source compiled by nvcc for Hopper, without a GPU: no spills, 16-byte loads where the sources say so."""
+"""Every CUDA source compiled for Ampere and Hopper, without a GPU: nothing spills, and wide loads stay wide."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.gpu import emulator, sass
+from tests.gpu import resources, sass
+from tests.gpu.resources import Row
 
-# Kernels with 16-byte loads: columns (at one stride, at several), rows, packed rows of four types; six pairs of types.
-WIDE_KERNELS = {"accumulate_channel_sums": 0, "channel_importance": 16, "channel_sums": 16, "weight_importance": 6}
-WIDE_KERNELS["score_relu_backward"] = 24  # columns, rows, packed rows of four types; each with a skip and without
-WIDE_STORES = re.compile(r"_relu_kernelI\w+?Li[248]E")
-SOURCES = sorted((emulator.ROOT / "csrc" / "cuda").glob("*.cu"))
-WIDE = re.compile(r"(column_sums|row_sums|packed_sums|_relu)_kernelI\w+?Li[248]E|\d(weights)_kernelI")
-
-
-def nvcc() -> str | None:
-    """The CUDA compiler: of CUDA_HOME, on the PATH, or where it is installed by default."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    return next(
-        (path for home in homes if home and (path := shutil.which("nvcc", path=f"{home}/bin"))), shutil.which("nvcc")
-    )
+pytestmark = [
+    pytest.mark.skipif(
+        resources.nvcc_toolchain() is None, reason="no nvcc (looked in CUDA_HOME, /usr/local/cuda and on the PATH)"
+    ),
+    pytest.mark.skipif(sass.cuobjdump() is None, reason="no cuobjdump (Triton's wheel has one, and the CUDA toolkit)"),
+]
 
 
-@pytest.mark.skipif(nvcc() is None, reason="no nvcc (looked in CUDA_HOME, /usr/local/cuda and on the PATH)")
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_compiles_without_spills(source: Path, tmp_path: Path) -> None:
-    cubin = tmp_path / "kernels.cubin"
-    folders = ["-I", str(emulator.ROOT / "csrc"), "-isystem", str(emulator.torch_folder() / "include")]
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_90", "-Xptxas", "-v", *emulator.STABLE_ABI]
-    command = [str(nvcc()), *flags, *folders, "-cubin", str(source), "-o", str(cubin)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = re.findall(
-        r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", done.stderr
-    )
-    assert report
-    assert [name for name, *numbers in report if any(map(int, numbers))] == []
-    registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert len(registers) == len(report)
-    assert max(registers) <= 128  # two blocks of 256 threads on a multiprocessor at the least
-    if sass.cuobjdump() is not None:
-        kernels = sass.kernels_of(cubin)
-        assert len(kernels) == len(report)
-        wide = [kernel for kernel in kernels if WIDE.search(kernel.name)]
-        assert len(wide) == WIDE_KERNELS[source.stem]
-        assert [kernel.name for kernel in wide if kernel.count("LDG.E.128") < 2] == []
-        assert [k.name for k in wide if WIDE_STORES.search(k.name) and k.count("STG.E.128") < 2] == []
+@pytest.fixture(scope="module")
+def built(remembered: Path | None) -> list[Row]:
+    """The lines of what setup.py built, if that is newer than the sources."""
+    if not resources.library_is_new():
+        return []
+    key = resources.fingerprint(resources.nvcc_toolchain(), resources.LIBRARY, Path(resources.__file__))
+    return resources.remembered(remembered, "library", key, resources.rows_of_library)
+
+
+def rows_of(source: Path, built: list[Row], folder: Path | None) -> list[Row]:
+    """The lines of a source: of the library, and of what has to be compiled for want of it."""
+    rows = [row for row in built if row.source == source.stem and row.arch in resources.architectures()]
+    if {row.arch for row in rows} == set(resources.architectures()):
+        return rows
+    key = resources.fingerprint_of_source(source)
+    return resources.remembered(folder, source.stem, key, lambda: resources.rows_of_source(source))
+
+
+@pytest.mark.parametrize("source", resources.SOURCES, ids=lambda path: path.name)
+def test_resources_are_those_of_the_table(source: Path, built: list[Row], remembered: Path | None) -> None:
+    measured = rows_of(source, built, remembered)
+    assert measured
+    assert [f"{row}: spills" for row in measured if row.spills or row.stack] == []
+    assert resources.unkept_promises(source.stem, measured) == []
+    table = [row for row in resources.read_table() if row.toolchain == resources.nvcc_toolchain()]
+    if not table:
+        pytest.skip(f"{resources.TABLE.name} has no {resources.nvcc_toolchain()}; nothing spills, wide loads are there")
+    there = {row.arch for row in measured}
+    assert resources.problems_of(measured, [r for r in table if r.source == source.stem and r.arch in there]) == []
+
+
+def test_every_line_has_a_source() -> None:
+    stems = {path.stem for path in resources.SOURCES}
+    lines = {row.source for row in resources.read_table() if row.toolchain.startswith("nvcc")}
+    assert sorted(lines - stems) == [], f"no longer there: run {resources.WRITE}"
