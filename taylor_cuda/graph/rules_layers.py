@@ -146,20 +146,38 @@ def addmm(flow: Flow, op: Op) -> None:
 )
 def batch_norm(flow: Flow, op: Op) -> None:
     """Weight, bias and statistics lie along the channels."""
-    dims = flow.of(op.x)
-    flow.freeze([dims[0], *dims[2:]], "a batch normalisation over channels")
-    vectors = [value for value in op.args[1:5] if isinstance(value, Tensor)]
-    for vector in vectors:
-        flow.role(flow.source(vector), 0, "norm")
-        flow.equal(flow.of(vector)[0], dims[1], "a normalisation of channels that stay")
     out: Tensor = op.out if isinstance(op.out, Tensor) else op.out[0]
-    weight, bias = op.args[1:3]
+    weight, bias, *statistics = op.args[1:5]
+    flow.put(out, [None, _over_batch(flow, op.x, weight, bias, statistics), *[None] * (out.dim() - 2)])
+
+
+@rule("taylor_cuda.batch_norm_relu_forward")
+def batch_norm_relu(flow: Flow, op: Op) -> None:
+    """A batch normalisation, then an addition to other channels unless there is none, then a ReLU."""
+    x, *statistics, weight, bias, residual = op.args[:6]
+    labels = _over_batch(flow, x, weight, bias, statistics)
+    if residual is not None:
+        before, channels, *space = flow.of(residual)
+        flow.freeze([before, *space], "an addition to what a batch normalisation makes")
+        labels = flow.clear(flow.join([labels, channels], "an addition to channels that stay"))
+    y, *vectors = op.out
+    flow.put(y, [None, labels, *[None] * (y.dim() - 2)])
+    for vector in vectors:
+        flow.put(vector, [flow.clear(flow.of(x)[1])])
+
+
+def _over_batch(flow: Flow, x: Tensor, weight: object, bias: object, statistics: Sequence[object]) -> Array | None:
+    """The channels of a batch normalisation's output."""
+    dims = flow.of(x)
+    flow.freeze([dims[0], *dims[2:]], "a batch normalisation over channels")
+    for vector in (weight, bias, *statistics):
+        if isinstance(vector, Tensor):
+            flow.role(flow.source(vector), 0, "norm")
+            flow.equal(flow.of(vector)[0], dims[1], "a normalisation of channels that stay")
     labels = dims[1]
     if isinstance(weight, Tensor) and isinstance(bias, Tensor):
         labels = flow.start(labels, weight, bias)
-    if labels is dims[1]:
-        labels = flow.clear(labels)
-    flow.put(out, [None, labels, *[None] * (out.dim() - 2)])
+    return flow.clear(labels) if labels is dims[1] else labels
 
 
 def _over_last(
