@@ -56,6 +56,11 @@ ChannelPlan relu_plan(const Walk& walk, const ReluPointers<T>& x, bool fold) {
   return p;
 }
 
+// Room for the sums of every sample and split, those of the skip after the others.
+Tensor new_partial(const Tensor& sums, const ChannelPlan& p, bool skips) {
+  return torch::stable::new_empty(sums, {skips ? 2 : 1, p.samples, p.splits, p.channel.size});
+}
+
 template <typename T>
 void run(const Relu& relu, const Walk& walk, const Tensor& sums, const std::optional<Tensor>& skip_sums,
          cudaStream_t stream) {
@@ -76,7 +81,7 @@ void run(const Relu& relu, const Walk& walk, const Tensor& sums, const std::opti
   const int64_t places = p.samples * p.splits * channels;
   Tensor partial = relu.gx;
   if (!direct) {
-    partial = torch::stable::new_empty(sums, {skips ? 2 : 1, p.samples, p.splits, channels});
+    partial = new_partial(sums, p, skips);
     Acc* const t = static_cast<Acc*>(partial.mutable_data_ptr());
     sinks.sums = {t, p.splits * channels, channels, 1, false};
     sinks.skip_sums = {t + places, p.splits * channels, channels, 1, false};

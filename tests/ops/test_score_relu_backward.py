@@ -66,10 +66,10 @@ def test_pieces_add_up_whatever_the_number_of_threads(name: str) -> None:
 @pytest.mark.parametrize("shape", [(2, 24), (2, 24, 1), (1, 24, 19), (1, 8, 5003)], ids=str)
 def test_special_numbers_pass_as_in_pytorch(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """NaN is not <= 0, so the gradient passes; what is masked is 0 whatever the gradient is; -0 is kept."""
-    specials = torch.tensor([0.0, -0.0, NAN, INF, -INF, 1.0, -1.0, 1e-7], dtype=dtype)
+    specials = torch.tensor([0.0, -0.0, NAN, -NAN, INF, -INF, 1.0, -1.0, 1e-7], dtype=dtype)
     count = torch.Size(shape).numel()
     output = specials.repeat(count)[:count].view(shape)
-    gradient = specials.repeat_interleave(8).repeat(count)[:count].view(shape)
+    gradient = specials.repeat_interleave(9).repeat(count)[:count].view(shape)
     sums = torch.zeros(shape[1], dtype=torch.promote_types(dtype, torch.float32))
     gx = ops_of(backend).score_relu_backward(output, gradient, sums)
     expected = torch.ops.aten.threshold_backward(gradient, output, 0)
