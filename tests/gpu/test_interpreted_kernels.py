@@ -43,3 +43,7 @@ def test_all_reductions_at_once_are_the_same_bits(problems: dict[str, list[str]]
 
 def test_offsets_past_32_bits(problems: dict[str, list[str]]) -> None:
     assert problems["far apart"] == []
+
+
+def test_programs_of_several_blocks(problems: dict[str, list[str]]) -> None:
+    assert problems["several trips"] == []
