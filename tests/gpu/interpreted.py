@@ -81,6 +81,21 @@ def far_apart(ops: cases.Ops) -> list[str]:
     return found
 
 
+def several_trips(ops: cases.Ops) -> list[str]:
+    """Programs of several blocks, which otherwise only tensors have that are too large for the interpreter."""
+    from taylor_cuda.kernels import _launch
+
+    found, before = [], _launch.TARGET_PROGRAMS
+    _launch.TARGET_PROGRAMS = 2
+    for layout in ("long rows", "nhwc 40x40"):
+        pair = cases.make_pair(layout, torch.float32)
+        tiling = _launch.make_tiling(_launch.make_pair(*pair, fold=False))
+        found += [] if tiling.trips > 1 else [f"{layout}: only one trip"]
+        found += cases.check_channel_ops(ops, *pair, twice=False)
+    _launch.TARGET_PROGRAMS = before
+    return found
+
+
 def same_bits(ops: cases.Ops) -> list[str]:
     """The rows of "all" where samples are apart anyway and no sum is split, and of [N, C]."""
     found = []
@@ -101,4 +116,5 @@ if __name__ == "__main__":
     problems["nan"] = nan_case(interpreted)
     problems["same bits"] = same_bits(interpreted)
     problems["far apart"] = far_apart(interpreted)
+    problems["several trips"] = several_trips(interpreted)
     Path(sys.argv[1]).write_text(json.dumps(problems))

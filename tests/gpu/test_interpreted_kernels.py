@@ -48,3 +48,7 @@ def test_relu_matches_pytorch_and_float64(problems: dict[str, list[str]], layout
 
 def test_offsets_past_32_bits(problems: dict[str, list[str]]) -> None:
     assert problems["far apart"] == []
+
+
+def test_programs_of_several_blocks(problems: dict[str, list[str]]) -> None:
+    assert problems["several trips"] == []

@@ -143,7 +143,7 @@ void check_all_channels() {
       {"56x56", {256, 64, 56, 56}, Path::kRows},    {"28x28", {64, 512, 28, 28}, Path::kRows},
       {"14x14", {64, 1024, 14, 14}, Path::kPacked}, {"7x7", {256, 512, 7, 7}, Path::kPacked},
       {"27x27", {8, 13, 27, 27}, Path::kRows},      {"1x1", {300, 1000, 1, 1}, Path::kColumns},
-      {"2**33", {2, 8, 16384, 32768}, Path::kRows}, {"2**31 of a channel", {1, 8, 46400, 46400}, Path::kRows}};
+      {"2**31 of a sample", {3, 8, 16384, 16400}, Path::kRows}, {"2**31 of a channel", {1, 8, 46400, 46400}, Path::kRows}};
   for (const Shape& shape : shapes) {
     for (const int64_t itemsize : {2, 4}) {
       if (itemsize == 4 && shape.size[3] > 10000) continue;
