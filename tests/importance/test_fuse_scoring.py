@@ -455,12 +455,18 @@ class Cube(torch.autograd.Function):
 
 
 @pytest.mark.filterwarnings("ignore:the activation before")
+@pytest.mark.parametrize("boldly", [False, True], ids=["recorded", "boldly"])
 @pytest.mark.parametrize("way", range(8))
-def test_a_pass_that_goes_another_way_has_the_right_sums(way: int) -> None:
+def test_a_pass_that_goes_another_way_has_the_right_sums(way: int, boldly: bool) -> None:
     model, x = made(Fickle), torch.randn(6, 3, 8, 8, dtype=torch.float64)
     groups = tc.trace(model, x)
     with tc.fuse_scoring(model, groups) as sums:
         assert not sums.gated
+        if boldly:  # everything that could be a way to a reader is taken for one
+            ride = Ride(1, True, ())
+            for _ in range(2):
+                ride = Ride(1, True, (ride, ride, ride))
+            sums._sums._sites._programs = {True: Program([ride] * 9)}
         model.way = way
         plain = step(copy.deepcopy(model), x)
         fused = step(model, x)
