@@ -103,12 +103,12 @@ class Tokens(RidingNet):
 class FlatTokens(RidingNet):
     """Tokens side by side: a unit is one channel of each, and no block of them."""
 
-    shape = (3, 5, 6)
+    shape = (3, 8, 6)
     gates = 1
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.head = nn.Linear(6, 8), nn.Linear(5 * 8, 4)
+        self.up, self.head = nn.Linear(6, 8), nn.Linear(8 * 8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(self.up(x)).flatten(1))
