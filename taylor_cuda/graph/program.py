@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taylor_cuda.graph.groups import Groups
 from taylor_cuda.graph.recorder import DROPOUT, copy_model, leaves, map_tensors, set_mode, undisturbed
 from taylor_cuda.graph.sites import ReaderInputs
 
@@ -114,11 +115,14 @@ class Program:
         rides: for each call of a ReLU, in order: its output, or None where the readers behind it need gates.
         fused: ``{weight of a reader: elements of its inputs}`` that no gate reads any more.
         gated: the same of those where a gate reads them.
+        blocks: the ``(weight, width)`` of readers whose units take whole blocks of ``width`` of their channels, into
+            each of which one channel of a ReLU was flattened.
     """
 
     rides: list[Ride | None] = field(default_factory=list)
     fused: dict[str, int] = field(default_factory=dict)
     gated: dict[str, int] = field(default_factory=dict)
+    blocks: set[tuple[str, int]] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -148,8 +152,9 @@ class _Node:
 class _Recorder(ReaderInputs):
     """Follows the outputs of ReLUs through every function that is called with them."""
 
-    def __init__(self, model: nn.Module, weights: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, groups: Groups, weights: Iterable[str]) -> None:
         super().__init__(model, weights, self._read)
+        self._groups = groups
         self.relus: list[_Node] = []
         self.program = Program()
         self._nodes: dict[int, _Node] = {}
@@ -159,7 +164,8 @@ class _Recorder(ReaderInputs):
     def _read(self, name: str, x: Tensor, dim: int) -> Tensor:
         self._noted = True
         node = self._nodes.get(id(x))
-        if node is not None and node.kind != "sum" and dim > 0 and (dim == 1 or node.any_dim):
+        fits = node is not None and node.kind != "sum" and dim > 0 and (dim == 1 or node.any_dim)
+        if node is not None and fits and (node.width == 1 or self._in_blocks(name, node.width)):
             layout = dim, x.numel() // max(x.shape[0] * x.shape[dim], 1), node.width
             node.reads.append((name, layout, x.numel()))
             return x
@@ -167,6 +173,19 @@ class _Recorder(ReaderInputs):
             node.others += 1
         _count(self.program.gated, name, x.numel())
         return x
+
+    def _in_blocks(self, name: str, width: int) -> bool:
+        """Whether units take whole blocks of the reader's channels: not those of tokens, whose channels lie last."""
+        for group in self._groups:
+            for member in group.role("read"):
+                if member.tensor == name:
+                    if member.width % width:
+                        return False
+                    blocks = member.index.sort(1).values.unflatten(1, (-1, width))
+                    if not torch.equal(blocks, blocks[..., :1] // width * width + torch.arange(width)):
+                        return False
+        self.program.blocks.add((name, width))
+        return True
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Every function, after its input was noted where it is a reader."""
@@ -287,12 +306,12 @@ def _carried(node: _Node, total: _Node) -> bool:
     return True
 
 
-def record_programs(model: nn.Module, inputs: Inputs, weights: Iterable[str]) -> dict[bool, Program]:
+def record_programs(model: nn.Module, groups: Groups, weights: Iterable[str]) -> dict[bool, Program]:
     """Run a copy of ``model`` once in train and once in eval mode, and see which gates at ``weights`` ReLUs can spare.
 
     Args:
         model: the traced module; neither it nor the random states change.
-        inputs: ``(args, kwargs)``, not changed; taken in the model's dtype and on its device.
+        groups: of this model; their ``example_inputs`` are taken in the model's dtype and on its device.
         weights: names of the readers' weights.
 
     Returns:
@@ -304,10 +323,10 @@ def record_programs(model: nn.Module, inputs: Inputs, weights: Iterable[str]) ->
     except Exception:  # what can be traced but not copied any more needs gates as well
         return {}
     for training in (True, False):
-        recorder = _Recorder(twin, weights)
+        recorder = _Recorder(twin, groups, weights)
         try:
             set_mode(twin, training)
-            args, kwargs = _at(model, inputs)
+            args, kwargs = _at(model, groups.example_inputs)
             with undisturbed(model), recorder:
                 output = twin(*args, **kwargs)
         except Exception:

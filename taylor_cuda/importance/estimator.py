@@ -105,7 +105,7 @@ class Importance:
         if from_sites and self._sites is None:
             weights = {member.tensor for group in from_sites for member in group.role("read")}
             norms = {member.tensor for group in from_sites for member in self._norm_members(group)}
-            programs = record_programs(self._model, self._groups.example_inputs, weights) if self._fuse else None
+            programs = record_programs(self._model, self._groups, weights) if self._fuse else None
             self._sites = ReaderSums(
                 self._model, weights, per_example=self.criterion.per_example, norms=norms, programs=programs
             )

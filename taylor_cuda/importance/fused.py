@@ -24,7 +24,7 @@ class FusedScoring:
         check_model(model, "fuse_scoring")
         self._model, self._groups, self._per_example = model, groups, per_example
         weights = reader_weights(groups)
-        self._programs = record_programs(model, groups.example_inputs, weights)
+        self._programs = record_programs(model, groups, weights)
         self._sums = ReaderSums(model, weights, per_example=per_example, programs=self._programs)
 
     @property

@@ -206,6 +206,7 @@ class RidingInputs(ReaderAndNormInputs):
         super().__init__(model, weights, transform, norms, sums_of)
         self._programs = programs
         self._per_example = per_example
+        self._blocks = set[tuple[str, int]]().union(*(program.blocks for program in programs.values()))
         self._rides: list[Ride | None] = []
         self._riding: list[Riding] | None = None
         self._tracked: dict[int, _Tracked] = {}
@@ -241,11 +242,13 @@ class RidingInputs(ReaderAndNormInputs):
         tracked = self._find(x)
         if tracked is None or tracked.ride.dim != dim or self._riding is None or _is_hooked():
             return None
-        riding, length = tracked.stop.riding, x.numel() // (x.shape[0] * x.shape[dim])
+        riding, length, width = tracked.stop.riding, x.numel() // (x.shape[0] * x.shape[dim]), tracked.stop.width
+        if width > 1 and (name, width) not in self._blocks:
+            return None
         if not riding.reader:
-            riding.reader, riding.length, riding.width = name, length, tracked.stop.width
+            riding.reader, riding.length, riding.width = name, length, width
             self._riding.append(riding)
-        elif (riding.length, riding.width) != (length, tracked.stop.width):
+        elif (riding.length, riding.width) != (length, width):
             return None
         else:
             riding.others.append(name)

@@ -100,6 +100,20 @@ class Tokens(RidingNet):
         return self.down(self.mid(x).relu()).mean(1)
 
 
+class FlatTokens(RidingNet):
+    """Tokens side by side: a unit is one channel of each, and no block of them."""
+
+    shape = (3, 8, 6)
+    gates = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(6, 8), nn.Linear(8 * 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.up(x)).flatten(1))
+
+
 class Concatenated(RidingNet):
     """What is concatenated needs a gate behind it, and so does what has three uses; a later ReLU gives a ride again."""
 
@@ -203,6 +217,7 @@ NETS = (
     Residual,
     Pooled,
     Tokens,
+    FlatTokens,
     Concatenated,
     Smooth,
     TwoOutputs,

@@ -17,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 import taylor_cuda as tc
 from taylor_cuda.graph.observe import reader_weights
-from taylor_cuda.graph.program import Program, Ride
+from taylor_cuda.graph.program import Program, Ride, sum_kept
 from taylor_cuda.graph.recorder import leaves
 from taylor_cuda.importance.activations import ReaderSums
 from taylor_cuda.importance.fused import unit_sums
 from taylor_cuda.ops import library
 from tests.graph.draw_nets import draw_program
 from tests.graph.random_nets import randomise
-from tests.importance.riding_nets import NETS, Concatenated, Pooled, Residual, RidingNet
+from tests.importance.riding_nets import NETS, Concatenated, Pooled, Residual, RidingNet, TwoLengths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,6 +171,57 @@ def test_scores_are_those_of_gates(net: type[RidingNet], criterion: str, passes:
         est.close()
     assert counts == [2 * len(reader_weights(groups)), 2 * net.gates]
     close_to(scores[1], scores[0], 1e-6)  # scores are fp32
+
+
+@pytest.mark.parametrize(
+    ("call", "kept"),
+    [
+        (lambda x: (F.max_pool2d, (x, 2), {}), (False, 1)),
+        (lambda x: (F.adaptive_avg_pool2d, (x, 1), {}), (False, 1)),
+        (lambda x: (F.max_pool2d, (x[0], 2), {}), None),
+        (lambda x: (F.max_pool1d, (x[0], 2), {}), (False, 1)),
+        (lambda x: (torch.mean, (x, (2, 3)), {}), (False, 1)),
+        (lambda x: (Tensor.mean, (x,), {"dim": -1}), (False, 1)),
+        (lambda x: (torch.mean, (x, 1), {}), None),
+        (lambda x: (torch.mean, (x, (0, 2), True), {}), None),
+        (lambda x: (torch.mean, (x,), {}), None),
+        (lambda x: (torch.flatten, (x, 1), {}), (False, 16)),
+        (lambda x: (torch.flatten, (x, 2), {}), (False, 1)),
+        (lambda x: (torch.flatten, (x,), {}), None),
+        (lambda x: (Tensor.view, (x, 8, 4, 2, 2), {}), None),
+        (lambda x: (F.dropout, (x, 0.5), {}), (True, 1)),
+        (lambda x: (F.alpha_dropout, (x, 0.5, True), {}), None),
+        (lambda x: (torch.sigmoid, (x,), {}), None),
+    ],
+)
+def test_which_functions_keep_the_sums(call: Callable[[Tensor], Any], kept: tuple[bool, int] | None) -> None:
+    x = torch.randn(2, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    func, args, kwargs = call(x)
+    first = args[0]
+    out = func(*args, **kwargs)
+    assert sum_kept(func, args, kwargs, first, out) == kept
+    if kept is None:
+        return
+    gradient = torch.randn_like(out)
+    (before,) = torch.autograd.grad(out, first, gradient)
+    after = (out * gradient).flatten(2).sum(2) if out.dim() > 2 else out * gradient
+    torch.testing.assert_close((first * before).flatten(2).sum(2), after.unflatten(1, (-1, kept[1])).sum(2))
+
+
+@pytest.mark.filterwarnings("ignore:the activation before")
+def test_means_over_space_are_those_of_each_reader() -> None:
+    """Two readers at two resolutions ask for a ride on one ReLU, as none that was recorded lets them."""
+    model, x = made(TwoLengths), torch.randn(TwoLengths.shape, dtype=torch.float64)
+    groups, scores = tc.trace(model, x), []
+    for fuse in (False, True):
+        est = tc.Importance(model, groups, "taylor_output", fuse=fuse)
+        if fuse:
+            assert est._sites is not None
+            est._sites._sites._programs = {True: Program([Ride(1, False, (Ride(1, False, ()),)), None])}
+        est.backward(model(x).square().mean())
+        scores.append(est.scores())
+        est.close()
+    close_to(scores[1], scores[0], 1e-6)
 
 
 def state(model: nn.Module) -> list[Any]:
@@ -404,12 +455,18 @@ class Cube(torch.autograd.Function):
 
 
 @pytest.mark.filterwarnings("ignore:the activation before")
+@pytest.mark.parametrize("boldly", [False, True], ids=["recorded", "boldly"])
 @pytest.mark.parametrize("way", range(8))
-def test_a_pass_that_goes_another_way_has_the_right_sums(way: int) -> None:
+def test_a_pass_that_goes_another_way_has_the_right_sums(way: int, boldly: bool) -> None:
     model, x = made(Fickle), torch.randn(6, 3, 8, 8, dtype=torch.float64)
     groups = tc.trace(model, x)
     with tc.fuse_scoring(model, groups) as sums:
         assert not sums.gated
+        if boldly:  # everything that could be a way to a reader is taken for one
+            ride = Ride(1, True, ())
+            for _ in range(2):
+                ride = Ride(1, True, (ride, ride, ride))
+            sums._sums._sites._programs = {True: Program([ride] * 9)}
         model.way = way
         plain = step(copy.deepcopy(model), x)
         fused = step(model, x)
