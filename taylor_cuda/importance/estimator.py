@@ -249,10 +249,12 @@ class Importance:
         """Σ w·g (or its squares) along every place of parameters, in one launch; zeros where there is no gradient."""
         gradients = [weight.grad for weight in self._weights]
         there = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        if len(there) < len(gradients):
+            self._check_trained(gradients)
         if not there:
             raise InputError(
-                "no gradients yet on any parameter the importance is taken from: call est.backward(loss), or "
-                "loss.backward() and then est.update() before optimizer.zero_grad()"
+                f"no gradients yet on any parameter the importance is taken from ({self._units.places[0][0][0]}, …): "
+                "call est.backward(loss), or loss.backward() and then est.update() before optimizer.zero_grad()"
             )
         present = [gradient for gradient in gradients if gradient is not None]
         if len(present) == len(gradients):
@@ -262,6 +264,12 @@ class Importance:
         for i, result in zip(there, ops.weight_importance(weights, present, dims, reduction), strict=True):
             found[i] = result
         return self._units.completed(0, found)
+
+    def _check_trained(self, gradients: Sequence[Tensor | None]) -> None:
+        """A parameter without a gradient took no part in this step, or it was frozen, and zeros would be wrong."""
+        for (name, _), weight, gradient in zip(self._units.places[0], self._weights, gradients, strict=True):
+            if gradient is None and not weight.requires_grad:
+                raise InputError(f"{name} was frozen after this Importance was made from its gradient: make a new one")
 
     def _finished_passes(self) -> list[ForwardPass]:
         if self._sites is None:

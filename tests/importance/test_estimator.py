@@ -262,12 +262,22 @@ def test_scores_follow_a_cut() -> None:
         torch.testing.assert_close(score.double(), expected[name].square(), rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_weight"])
+def test_a_parameter_that_was_frozen_since_is_named(criterion: str) -> None:
+    model, x, target = make(ConvBN)
+    est = tc.Importance(model, tc.trace(model, x), criterion)
+    name = est._units.places[0][0][0]
+    model.get_parameter(name).requires_grad_(False)
+    with pytest.raises(tc.InputError, match=f"{name} was frozen after this Importance was made"):
+        one_step(model, x, target, est)
+
+
 def test_bad_input_is_named() -> None:
     model, x, _ = make(ConvBN)
     groups = tc.trace(model, x)
     with pytest.raises(tc.InputError, match="no scores yet"):
         tc.Importance(model, groups).scores()
-    with pytest.raises(tc.InputError, match="no gradients yet"):
+    with pytest.raises(tc.InputError, match=r"no gradients yet on any parameter .* \(\w+"):
         tc.Importance(model, groups).update()
     with pytest.raises(tc.InputError, match=r"did you mean 'taylor_fo'"):
         tc.Importance(model, groups, "taylor_f0")
