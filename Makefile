@@ -21,11 +21,11 @@ lint: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,train,bench]"
-	$(BIN)/python -m bench --check
+	$(BIN)/python -m taylor_cuda.bench --check
 
 coverage: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,train,bench]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m taylor_cuda.bench.coverage
 
 # On a machine with a GPU, whose own Python has a CUDA build of torch, Triton, ninja, pybind11 and pytest: nothing is downloaded.
 device:

@@ -1,4 +1,4 @@
-"""``python -m bench``: measure, append the rows, print what came out."""
+"""``python -m taylor_cuda.bench``: measure, append the rows, print what came out."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from bench.check import judge, needed
-from bench.environment import environment
-from bench.measure import Ceilings, measure_ceilings, run_race
-from bench.race import Entry, Options, WrongResultError
-from bench.report import markdown
-from bench.rows import RESULTS, Row, append_rows, read_rows
-from bench.suites import SUITES, entries
-from bench.suites.networks import MissingPeerError
+from taylor_cuda.bench.check import judge, needed
+from taylor_cuda.bench.environment import environment
+from taylor_cuda.bench.measure import Ceilings, measure_ceilings, run_race
+from taylor_cuda.bench.race import Entry, Options, WrongResultError
+from taylor_cuda.bench.report import markdown
+from taylor_cuda.bench.rows import RESULTS, Row, append_rows, read_rows
+from taylor_cuda.bench.suites import SUITES, entries
+from taylor_cuda.bench.suites.networks import MissingPeerError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure taylor_cuda against its peers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m taylor_cuda.bench", description="Measure taylor_cuda against its peers."
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="default: all of them")
     parser.add_argument(

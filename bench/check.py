@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from bench.race import Entry, Key
-from bench.rows import Row
+from taylor_cuda.bench.race import Entry, Key
+from taylor_cuda.bench.rows import Row
 
 WITHIN = 1 / 1.3
 """A ratio of at least this is "within 1.3 times the peer's time"."""

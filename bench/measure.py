@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.race import Options, Provider, Race, WrongResultError
-from bench.rows import Row
+from taylor_cuda.bench.race import Options, Provider, Race, WrongResultError
+from taylor_cuda.bench.rows import Row
 
 MIN_SAMPLE_S = {"cpu": 2e-3, "cuda": 1e-3}
 """A sample is at least this long, made of several calls where one is shorter."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.rows import IDENTITY, Row, newest_rows
+from taylor_cuda.bench.rows import IDENTITY, Row, newest_rows
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from bench.environment import ROOT
+from taylor_cuda.bench.environment import IN_SOURCE_TREE, ROOT
 
-RESULTS = ROOT / "bench" / "results"
+RESULTS = (ROOT if IN_SOURCE_TREE else Path()) / "bench" / "results"
+"""Where rows go unless another folder is named: into the source tree; once installed, under the working directory."""
 
 Row = dict[str, Any]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.race import Entry, Options
-from bench.suites import graph, network, planner, scoring, step, weights
+from taylor_cuda.bench.race import Entry, Options
+from taylor_cuda.bench.suites import graph, network, planner, scoring, step, weights
 
 SUITES = ("scoring", "network", "planner", "graph", "step")
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import BLOCKS, ActivationCase, resnet_gates
-from bench.race import ALLOWED, Entry, Key, Options, Provider, Race, of_square, worst_share
-from bench.suites.graph import torch_pruning_groups
-from bench.suites.networks import images, make, with_gradients
-from bench.suites.peers import installed, our_names, ours, using
-from bench.suites.scoring import Exact, exact
 from taylor_cuda import ops
+from taylor_cuda.bench.cases import BLOCKS, ActivationCase, resnet_gates
+from taylor_cuda.bench.race import ALLOWED, Entry, Key, Options, Provider, Race, of_square, worst_share
+from taylor_cuda.bench.suites.graph import torch_pruning_groups
+from taylor_cuda.bench.suites.networks import images, make, with_gradients
+from taylor_cuda.bench.suites.peers import installed, our_names, ours, using
+from taylor_cuda.bench.suites.scoring import Exact, exact
 from taylor_cuda.graph import trace
 from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
 from taylor_cuda.importance import Importance

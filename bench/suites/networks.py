@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.suites.peers import installed
+from taylor_cuda.bench.suites.peers import installed
 
 
 class MissingPeerError(RuntimeError):

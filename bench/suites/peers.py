@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.race import Options
+from taylor_cuda.bench.race import Options
 from taylor_cuda.ops import backends
 
 CUDA_NAMES = {"ours:cuda": "native", "ours:triton": "triton"}

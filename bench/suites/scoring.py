@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.cases import ActivationCase, flat_in_memory, input_sets, resnet_gates
-from bench.environment import cache_bytes
-from bench.race import ALLOWED, Entry, Key, Options, Provider, Race, of_square, worst_share
-from bench.suites.peers import compiled, our_names, ours, using
 from taylor_cuda import ops
+from taylor_cuda.bench.cases import ActivationCase, flat_in_memory, input_sets, resnet_gates
+from taylor_cuda.bench.environment import cache_bytes
+from taylor_cuda.bench.race import ALLOWED, Entry, Key, Options, Provider, Race, of_square, worst_share
+from taylor_cuda.bench.suites.peers import compiled, our_names, ours, using
 from taylor_cuda.ops import reference
 
 REDUCTIONS = ("batch", "sample", "abs", "element")

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.race import Entry, Key, Options, Provider, Race
-from bench.suites.networks import images, labels, make
+from taylor_cuda.bench.race import Entry, Key, Options, Provider, Race
+from taylor_cuda.bench.suites.networks import images, labels, make
 from taylor_cuda.graph import trace
 from taylor_cuda.graph.groups import Groups
 from taylor_cuda.importance import Importance

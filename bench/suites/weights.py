@@ -9,11 +9,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bench.cases import input_sets, parameter_bytes, resnet_parameters
-from bench.environment import cache_bytes
-from bench.race import ALLOWED, Entry, Key, Options, Provider, Race, worst_share
-from bench.suites.peers import our_names, ours, using
 from taylor_cuda import ops
+from taylor_cuda.bench.cases import input_sets, parameter_bytes, resnet_parameters
+from taylor_cuda.bench.environment import cache_bytes
+from taylor_cuda.bench.race import ALLOWED, Entry, Key, Options, Provider, Race, worst_share
+from taylor_cuda.bench.suites.peers import our_names, ours, using
 from taylor_cuda.ops import reference
 
 TINY: list[tuple[str, tuple[int, ...]]] = [

@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from bench.cases import ActivationCase, flat_in_memory, input_sets, parameter_bytes, resnet_gates, resnet_parameters
-from bench.suites.scoring import exact, torch_line
-from bench.suites.weights import TINY, parameter_set, per_layer
+from taylor_cuda.bench.cases import (
+    ActivationCase,
+    flat_in_memory,
+    input_sets,
+    parameter_bytes,
+    resnet_gates,
+    resnet_parameters,
+)
+from taylor_cuda.bench.suites.scoring import exact, torch_line
+from taylor_cuda.bench.suites.weights import TINY, parameter_set, per_layer
 from taylor_cuda.ops import reference
 
 CASES = [

@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from bench.environment import cache_bytes, environment
-from bench.measure import LONG_S, Ceilings, Checked, check, interval, percentile, run_race, time_all
-from bench.race import Key, Options, Provider, Race, WrongResultError, of_square, worst_share
-from bench.rows import check_row
-from bench.suites.scoring import exact
+from taylor_cuda.bench.environment import cache_bytes, environment
+from taylor_cuda.bench.measure import LONG_S, Ceilings, Checked, check, interval, percentile, run_race, time_all
+from taylor_cuda.bench.race import Key, Options, Provider, Race, WrongResultError, of_square, worst_share
+from taylor_cuda.bench.rows import check_row
+from taylor_cuda.bench.suites.scoring import exact
 
 QUICK = Options(quick=True, seconds=0.01)
 CEILINGS = Ceilings(10.0, 0.5)

@@ -10,20 +10,20 @@ import sys
 import pytest
 import torch
 
-from bench import __main__ as command
-from bench import check as promises
-from bench.check import THRESHOLDS, Threshold, judge, needed
-from bench.environment import ROOT
-from bench.race import Key, Options
-from bench.report import markdown
-from bench.rows import check_row, read_rows
-from bench.suites import entries, graph, network, networks, planner
+from taylor_cuda.bench import __main__ as command
+from taylor_cuda.bench import check as promises
+from taylor_cuda.bench.check import THRESHOLDS, Threshold, judge, needed
+from taylor_cuda.bench.environment import ROOT
+from taylor_cuda.bench.race import Key, Options
+from taylor_cuda.bench.report import markdown
+from taylor_cuda.bench.rows import check_row, read_rows
+from taylor_cuda.bench.suites import entries, graph, network, networks, planner
 from tests.bench.test_rows import make_row
 
 QUICK = Options(quick=True, seconds=0.01)
 
 
-def run_bench(*arguments, module="bench"):
+def run_bench(*arguments, module="taylor_cuda.bench"):
     # One thread: on a busy machine two of them wait for each other, and nothing here is about speed.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command_line = [sys.executable, "-m", module, *map(str, arguments)]
@@ -59,7 +59,9 @@ def test_a_quick_run_writes_whole_rows_and_a_second_appends(tmp_path):
 
 
 def test_a_wrong_kernel_fails_the_command_and_leaves_no_row(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bench.suites.scoring.our_op", lambda op: lambda inputs: inputs[0].sum((0, 2, 3)).square())
+    monkeypatch.setattr(
+        "taylor_cuda.bench.suites.scoring.our_op", lambda op: lambda inputs: inputs[0].sum((0, 2, 3)).square()
+    )
     chosen = [entry for entry in entries(QUICK) if entry.key.op == "channel_importance" and entry.key.layout == "nchw"]
     rows, wrong = command._run(chosen[:1], QUICK, tmp_path, math.inf)
     assert wrong
