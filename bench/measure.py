@@ -41,12 +41,14 @@ class Checked:
         error: worst error as a share of what is allowed.
         seconds: one call after the check, so that nothing is compiled or allocated for the first time in it.
         peak_bytes: memory above what there was before the call; ``None`` on a CPU.
+        held_bytes: memory that its making took and that its first calls left behind; ``None`` on a CPU.
     """
 
     provider: Provider
     error: float
     seconds: float
     peak_bytes: int | None
+    held_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,13 @@ def run_race(race: Race, options: Options, ceilings: Ceilings, record: dict[str,
         timings, failed = time_all(race, checked, timer, options)
         left_out += failed
         rows += [make_row(race, timing, timings, options, ceilings, record) for timing in timings]
+    for provider in (one.provider for one in checked):
+        if provider.split is not None:
+            with provider.context():
+                split = {name: _digits(spent) for name, spent in provider.split().items()}
+            for row in rows:
+                if row["provider"] == provider.name:
+                    row["split"] = split
     return rows, left_out
 
 
@@ -97,6 +106,7 @@ def check(race: Race, provider: Provider, options: Options) -> Checked:
         WrongResultError: it is further off than allowed anywhere, or not a number.
     """
     worst = 0.0
+    start = torch.cuda.memory_allocated() if options.cuda else 0
     for index, inputs in enumerate(race.inputs):
         with provider.context():
             result = provider.run(inputs)
@@ -110,8 +120,10 @@ def check(race: Race, provider: Provider, options: Options) -> Checked:
         before = torch.cuda.memory_allocated()
     with provider.context():
         seconds = _one_call(provider, race.inputs[0], options)
-    peak = torch.cuda.max_memory_allocated() - before if options.cuda else None
-    return Checked(provider, worst, seconds, peak)
+    if not options.cuda:
+        return Checked(provider, worst, seconds, None)
+    held = provider.built_bytes + before - start
+    return Checked(provider, worst, seconds, torch.cuda.max_memory_allocated() - before, held)
 
 
 def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Options) -> tuple[list[Timing], list[str]]:
@@ -139,7 +151,8 @@ def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Option
     most = max(counts, default=0)
     with _no_garbage_collection():
         for turn in range(most):
-            for index, (one, sample) in enumerate(samplers):
+            # Every other round backwards, so that nobody always comes after the same one.
+            for index, (one, sample) in list(enumerate(samplers))[:: -1 if turn % 2 else 1]:
                 # Those with fewer turns take them spread over all rounds.
                 if turn * counts[index] // most == (turn - 1) * counts[index] // most:
                     continue
@@ -149,13 +162,12 @@ def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Option
 
 
 def _rounds(race: Race, one: Checked, providers: int, options: Options) -> int:
-    """Turns of one provider in its share of the time; five at least, three where a call takes seconds."""
+    """Turns of one provider in its share of the time; five or the race's least, three where a call takes seconds."""
     if one.seconds >= LONG_S:
         return 0
     sample = max(one.seconds, MIN_SAMPLE_S[options.device])
     least = 5 if sample < 1.0 else 3
-    if options.quick:
-        least = min(least, 3)
+    least = min(least, 3) if options.quick else max(least, race.least)
     seconds = options.seconds if race.seconds is None else race.seconds
     return min(race.rounds, max(least, int(seconds / providers / sample)))
 
@@ -313,6 +325,8 @@ def make_row(
         "rounds": len(timing.samples),
         "error": _digits(timing.checked.error),
         "peak_bytes": timing.checked.peak_bytes,
+        "held_bytes": timing.checked.held_bytes,
+        "split": None,
         "note": provider.note,
         "quick": options.quick,
         **record,

@@ -53,6 +53,8 @@ class Provider:
         note: what a reader of the row has to know.
         context: entered around every call, outside the clock.
         bytes: the least it has to move, where that is not the race's figure.
+        built_bytes: memory of a GPU that making it took and that it keeps.
+        split: microseconds of one call by what they are spent on; taken after everybody was timed.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Provider:
     note: str = ""
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     bytes: int | None = None
+    built_bytes: int = 0
+    split: Callable[[], dict[str, float]] | None = None
 
     @property
     def ours(self) -> bool:
@@ -104,6 +108,7 @@ class Race:
         skipped: (name, reason) of those that can't take part.
         timers: on a GPU, ``"eager"`` (what a caller waits for) and ``"graph"`` (what keeps the device busy).
         rounds: at most.
+        least: rounds at least, whatever time they take; on a quick run as few as elsewhere.
         seconds: for all rounds together, where that is not the run's figure.
     """
 
@@ -116,6 +121,7 @@ class Race:
     skipped: Sequence[tuple[str, str]] = ()
     timers: tuple[str, ...] = ("eager",)
     rounds: int = 50
+    least: int = 0
     seconds: float | None = None
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from taylor_cuda.bench.race import Entry, Options
 from taylor_cuda.bench.suites import graph, network, planner, scoring, step, weights
 
-SUITES = ("scoring", "network", "planner", "graph", "step")
-
 
 def entries(options: Options) -> list[Entry]:
     """Every race of a run on this device, the most important ones first."""

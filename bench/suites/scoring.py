@@ -17,6 +17,12 @@ from taylor_cuda.bench.suites.peers import compiled, our_names, ours, using
 from taylor_cuda.ops import reference
 
 REDUCTIONS = ("batch", "sample", "abs", "element")
+VIT_B = (768, 3072)
+"""Widths of its residual stream and of the inside of an MLP."""
+
+BY_SIZE = ((256, 56, 56), (64, 56, 56), (512, 28, 28), (256, 14, 14), (512, 7, 7))
+"""Gates of 822, 206, 411, 51 and 26 MB of activation and gradient at batch 256 in 16 bits."""
+
 Inputs = tuple[Tensor, Tensor]
 
 
@@ -74,6 +80,31 @@ def torch_line(op: str) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda a, g: (a * g).square().sum([0, *range(2, a.dim())])
 
 
+def hook_in_float32(a: Tensor, g: Tensor) -> Tensor:
+    """Σ_n (Σ_l a·g)² by a hook that converts first, as one does who has seen what 16-bit products lose."""
+    dims = tuple(range(2, a.dim()))
+    products = a.float() * g.float()
+    return (products.sum(dims) if dims else products).square().sum(0)
+
+
+def gate_and_hook(a: Tensor, g: Tensor) -> Tensor:
+    """Σ_n (Σ_l a·g)² from a gate parameter z = 1 in the network and a hook on what it gives (arXiv:1906.10771, eq. 8).
+
+    The gate's own gradient, which autograd computes too, is that of the whole batch and says nothing about an example.
+    """
+    gate = torch.ones(1, a.shape[1], *(1 for _ in a.shape[2:]), dtype=a.dtype, device=a.device, requires_grad=True)
+    before = a.detach().requires_grad_()
+    gated = before * gate
+    torch.autograd.grad(gated, (before, gate), g)
+    return torch_line("channel_importance:sample")(gated.detach(), g)
+
+
+PEERS: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "channel_importance:sample": {"hook.float32": hook_in_float32, "nvlabs-style": gate_and_hook}
+}
+"""Further peers of a reduction; ``torch`` is there the hook that multiplies what it gets as it is."""
+
+
 def our_op(op: str) -> Callable[[Inputs], Tensor]:
     """The public function."""
     if op == "channel_sums":
@@ -109,6 +140,12 @@ def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool
             skipped.append(("torch.compile", fast))
         else:
             providers.append(Provider("torch.compile", lambda pair: fast(*pair), check(key.dtype)))
+    if op in PEERS:
+        dtypes = {"hook.float32": "float32"}
+        providers += [
+            Provider(name, lambda pair, run=run: run(*pair), check(dtypes.get(name, key.dtype)))
+            for name, run in PEERS[op].items()
+        ]
     # A dot product reads the same numbers once and keeps one: nothing that reads both tensors can be much faster.
     flat = {id(pair): (flat_in_memory(pair[0]), flat_in_memory(pair[1])) for pair in inputs}
     note = "one sum over all channels: a ceiling"
@@ -148,7 +185,7 @@ class Entries:
         case = ActivationCase(shape, dtype, layout)
         made = partial(build, case=case, options=self.options, compile_too=compile_too, rounds=rounds)
         peers = ["torch", "torch.compile", "torch.dot"] if compile_too else ["torch", "torch.dot"]
-        names = [*our_names(op.partition(":")[0], self.options), *peers]
+        names = [*our_names(op.partition(":")[0], self.options), *peers, *PEERS.get(op, ())]
         self.found.append(Entry(Key("scoring", op, case.name, case.dtype_name, layout), made, names, priority))
 
 
@@ -157,41 +194,58 @@ def entries(options: Options) -> list[Entry]:
     races = Entries(options)
     if options.quick:
         _quick(races)
-        return races.found
-    _headline(races)
-    _gates(races)
-    dtype, batch = (torch.bfloat16, 256) if options.cuda else (torch.float32, 16)
-    for width in (768, 3072):  # ViT-B: the residual stream and the inside of an MLP
-        races.add((batch, width, 197), dtype, "tokens", 30, compile_too=options.cuda, rounds=15)
-    races.add((256, 4096), dtype, "rows", 60, rounds=15)
+    elif options.cuda:
+        _on_a_gpu(races)
+    else:
+        _on_a_cpu(races)
     return races.found
 
 
-def _headline(races: Entries) -> None:
-    """One shape in every way: all reductions, dtypes and layouts."""
-    shape, cuda = (64, 256, 28, 28), races.options.cuda
+def _on_a_cpu(races: Entries) -> None:
+    """One shape in every way; every gate shape of ResNet-50, which are those of ResNet-101 too; ViT-B; a wide layer."""
+    shape, batch = (64, 256, 28, 28), 16
     for layout in ("nchw", "channels_last"):
         races.add(shape, torch.float32, layout, 5, compile_too=True)
-        races.add(shape, torch.bfloat16, layout, 15, compile_too=cuda)
+        races.add(shape, torch.bfloat16, layout, 15)
         for dtype in (torch.float32, torch.bfloat16):
             races.add(shape, dtype, layout, 16, op="channel_sums")
-    dtype, layout = (torch.bfloat16, "channels_last") if cuda else (torch.float32, "nchw")
     for reduction in REDUCTIONS[1:]:
-        races.add(shape, dtype, layout, 35, op=f"channel_importance:{reduction}", compile_too=cuda, rounds=20)
+        races.add(shape, torch.float32, "nchw", 35, op=f"channel_importance:{reduction}", rounds=20)
+    for width in VIT_B:
+        races.add((batch, width, 197), torch.float32, "tokens", 30, rounds=15)
+    for layout, priority in (("nchw", 50), ("channels_last", 51)):
+        for gate in gate_shapes(8):
+            races.add(gate, torch.float32, layout, priority, rounds=15)
+    races.add((256, 4096), torch.float32, "rows", 60, rounds=15)
 
 
-def _gates(races: Entries) -> None:
-    """Every gate shape of ResNet-50 and ResNet-101, which are the same ones."""
-    if races.options.cuda:
-        batch = 256
-        ways = [(torch.bfloat16, "channels_last", 10), (torch.bfloat16, "nchw", 40)]
-        ways += [(torch.float32, "channels_last", 80), (torch.float32, "nchw", 81)]
-    else:
-        batch, ways = 8, [(torch.float32, "nchw", 50), (torch.float32, "channels_last", 51)]
-    for dtype, layout, priority in ways:
-        for channels, height in sorted(resnet_gates("resnet50") | resnet_gates("resnet101")):
-            shape = (batch, channels, height, height)
-            races.add(shape, dtype, layout, priority, compile_too=priority == 10, rounds=15)
+def _on_a_gpu(races: Entries) -> None:
+    """The same at the batch of a GPU, what is promised first: every gate in bfloat16, every layout, both 16-bit types."""
+    batch, half = 256, torch.bfloat16
+    for gate in gate_shapes(batch):
+        races.add(gate, half, "channels_last", 5, compile_too=True, rounds=30)
+    for gate in gate_shapes(batch):
+        races.add(gate, half, "nchw", 14, rounds=30)
+    for width in VIT_B:
+        races.add((batch, width, 197), half, "tokens", 16, compile_too=True, rounds=30)
+    for gate in BY_SIZE:
+        races.add((batch, *gate), half, "channels_last", 12, op="channel_importance:sample", rounds=30)
+        races.add((batch, *gate), torch.float16, "channels_last", 17, rounds=30)
+        races.add((batch, *gate), torch.float16, "nchw", 18, rounds=30)
+        races.add((batch, *gate), half, "channels_last", 19, op="channel_sums", rounds=30)
+        races.add((batch, *gate), half, "nchw", 47, op="channel_sums", rounds=30)
+    races.add((16384, 4096), half, "rows", 20, rounds=30)
+    for reduction in REDUCTIONS[2:]:
+        races.add((batch, *BY_SIZE[1]), half, "channels_last", 46, op=f"channel_importance:{reduction}", rounds=20)
+    for layout in ("channels_last", "nchw"):
+        for gate in gate_shapes(batch):
+            races.add(gate, torch.float32, layout, 80, rounds=15)
+
+
+def gate_shapes(batch: int) -> list[tuple[int, ...]]:
+    """Every gate of ResNet-50 and ResNet-101, which have the same ones."""
+    gates = sorted(resnet_gates("resnet50") | resnet_gates("resnet101"))
+    return [(batch, channels, height, height) for channels, height in gates]
 
 
 def _quick(races: Entries) -> None:

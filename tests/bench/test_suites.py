@@ -187,12 +187,24 @@ def test_without_torch_pruning_the_peer_is_skipped_with_the_reason(suite, monkey
     assert "torch-pruning" not in [provider.name for provider in race.providers]
 
 
-def test_without_torchvision_the_race_is_left_out(monkeypatch, capsys):
+def test_without_torchvision_its_networks_are_left_out_and_ours_are_not(monkeypatch, capsys):
     monkeypatch.setattr(networks, "installed", lambda _name: None)
-    chosen = [entry for entry in entries(QUICK) if entry.key.suite == "planner"]
+    chosen = [entry for entry in entries(Options()) if entry.key.case == "densenet201"]
     rows, wrong = command._run(chosen, QUICK, None, math.inf)
     assert (rows, wrong) == ([], False)
-    assert "left out, torchvision is not installed" in capsys.readouterr().out
+    assert "left out, densenet201 is torchvision's, which is not installed" in capsys.readouterr().out
+    assert networks.make("resnet18")(networks.images(2, 32)).shape == (2, 1000)
+
+
+@pytest.mark.parametrize("network", ["resnet18", "resnet50"])
+def test_our_residual_networks_are_torchvisions(network):
+    models = pytest.importorskip("torchvision.models")
+    ours, theirs = networks.make(network).eval(), getattr(models, network)(weights=None).eval()
+    theirs.load_state_dict(ours.state_dict())
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    x = networks.images(1, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
 
 
 def test_a_plan_over_budget_or_with_a_wrong_cost_is_refused():
