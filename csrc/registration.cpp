@@ -8,4 +8,7 @@ STABLE_TORCH_LIBRARY(taylor_cuda_native, m) {
   m.def("channel_sums(Tensor activation, Tensor gradient) -> Tensor");
   m.def("accumulate_channel_sums(Tensor activation, Tensor gradient, Tensor(a!) sums) -> ()");
   m.def("weight_importance(Tensor[] weights, Tensor[] gradients, int[] dims, str reduction=\"sum\") -> Tensor[]");
+  m.def(
+      "score_relu_backward(Tensor output, Tensor gradient, Tensor(a!) sums, Tensor? skip=None, "
+      "Tensor(b!)? skip_sums=None) -> Tensor");
 }

@@ -5,7 +5,15 @@ from importlib.metadata import PackageNotFoundError, version
 from taylor_cuda.errors import BudgetError, CheckpointError, CutError, InputError, TaylorError
 from taylor_cuda.graph import ChannelGroup, Groups, masked, trace
 from taylor_cuda.importance import Importance
-from taylor_cuda.ops import ScoreGate, channel_importance, channel_sums, score_gate, weight_importance
+from taylor_cuda.ops import (
+    ScoreGate,
+    ScoreReLU,
+    channel_importance,
+    channel_sums,
+    score_gate,
+    score_relu,
+    weight_importance,
+)
 from taylor_cuda.planning import Plan, plan
 from taylor_cuda.pruner import Pruner, watch
 from taylor_cuda.surgery import cut, load, save
@@ -26,6 +34,7 @@ __all__ = [
     "Plan",
     "Pruner",
     "ScoreGate",
+    "ScoreReLU",
     "TaylorError",
     "channel_importance",
     "channel_sums",
@@ -35,6 +44,7 @@ __all__ = [
     "plan",
     "save",
     "score_gate",
+    "score_relu",
     "trace",
     "watch",
     "weight_importance",

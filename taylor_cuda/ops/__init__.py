@@ -9,17 +9,22 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from taylor_cuda.errors import InputError
 from taylor_cuda.ops import backends, checks, library
 from taylor_cuda.ops.gate import ScoreGate, score_gate
 from taylor_cuda.ops.reference import CHANNEL_REDUCTIONS, WEIGHT_REDUCTIONS
+from taylor_cuda.ops.relu import ScoreReLU, score_relu
 
 __all__ = [
     "ScoreGate",
+    "ScoreReLU",
     "accumulate_channel_sums",
     "backends",
     "channel_importance",
     "channel_sums",
     "score_gate",
+    "score_relu",
+    "score_relu_backward",
     "weight_importance",
 ]
 
@@ -124,4 +129,35 @@ def weight_importance(
         # one names the entry.
         checks.check_weight_pairs(weights, gradients, dims)
         raise
+    return result
+
+
+def score_relu_backward(
+    output: Tensor, gradient: Tensor, sums: Tensor, skip: Tensor | None = None, skip_sums: Tensor | None = None
+) -> Tensor:
+    """The backward pass of a ReLU, which adds Σ_l output·gradient to ``sums`` as it goes: what ``score_relu`` runs.
+
+    Args:
+        output: of the ReLU, ``[N, C, *spatial]``, float32, float16, bfloat16 (float64 on the CPU), any strides.
+        gradient: of the loss in it, of the same shape, dtype and device.
+        sums: ``[N, C]``, or ``[C]`` to sum over the batch too; contiguous, float32 (float64 for float64 outputs).
+        skip: what was added before the ReLU; of output's shape, dtype and device.
+        skip_sums: what Σ_l skip·gx is added to; a tensor like ``sums``. Given with ``skip``, and only then.
+
+    Returns:
+        gx: 0 where output <= 0, else the gradient; bit-equal to PyTorch's, strided as ``torch.empty_like(output)``. No
+        gradient. Two runs are bit-equal, and a NaN stays in its channel.
+
+    Raises:
+        InputError: a wrong dtype, shape or device, sums that require grad, or one of skip and skip_sums alone.
+    """
+    checks.check_activation_pair(output, gradient, "output")
+    checks.check_sums(output, sums, "output")
+    checks.check_skip(output, sums, skip, skip_sums, "output")
+    if skip is not None and (skip_sums is None or skip.dtype != output.dtype):
+        raise InputError(
+            f"skip: wanted it of {output.dtype}, output's dtype, and with skip_sums, "
+            f"got {skip.dtype}{'' if skip_sums is not None else ' and no sums'}"
+        )
+    result: Tensor = library.score_relu_backward(output, gradient, sums, skip, skip_sums)
     return result

@@ -24,7 +24,7 @@ from taylor_cuda.ops import checks, reference
 Implementation = Callable[..., Any]
 
 NAMES = ("native", "triton", "reference")
-OPS = ("channel_importance", "channel_sums", "accumulate_channel_sums", "weight_importance")
+OPS = ("channel_importance", "channel_sums", "accumulate_channel_sums", "weight_importance", "score_relu_backward")
 
 # Best first. The order for CUDA is a presumption until a GPU run shows otherwise, op by op; such a row goes into
 # PREFERENCE_OF_OP.

@@ -36,15 +36,15 @@ def check_same_place(left: Tensor, right: Tensor, left_name: str, right_name: st
         raise InputError(f"{right_name}: wanted it on {left.device}, where {left_name} is, got it on {right.device}")
 
 
-def check_activation_pair(activation: Tensor, gradient: Tensor) -> None:
+def check_activation_pair(activation: Tensor, gradient: Tensor, name: str = "activation") -> None:
     """Raise unless both are ``[N, C, *spatial]`` of one shape, dtype and device."""
-    check_tensor(activation, "activation")
+    check_tensor(activation, name)
     check_tensor(gradient, "gradient")
     if activation.dim() < 2:
-        raise InputError(f"activation: wanted [N, C, *spatial], got shape {tuple(activation.shape)}")
-    check_same_place(activation, gradient, "activation", "gradient")
+        raise InputError(f"{name}: wanted [N, C, *spatial], got shape {tuple(activation.shape)}")
+    check_same_place(activation, gradient, name, "gradient")
     if activation.dtype != gradient.dtype:
-        raise InputError(f"gradient: wanted {activation.dtype}, the activation's dtype, got {gradient.dtype}")
+        raise InputError(f"gradient: wanted {activation.dtype}, the {name}'s dtype, got {gradient.dtype}")
 
 
 def check_sums(activation: Tensor, sums: Tensor, name: str) -> None:
@@ -104,3 +104,25 @@ def _check_weight_pair(weight: Tensor, gradient: Tensor, dim: int, first: Tensor
         )
     if not -weight.dim() <= dim < weight.dim():
         raise InputError(f"dims[{i}]: wanted a dimension of shape {tuple(weight.shape)}, got {dim}")
+
+
+def check_skip(x: Tensor, sums: Tensor, skip: Tensor | None, skip_sums: Tensor | None, name: str) -> None:
+    """Raise unless ``skip`` lies beside ``x`` and ``skip_sums`` beside ``sums``; without a skip there are no sums."""
+    if skip is None:
+        if skip_sums is not None:
+            raise InputError("skip_sums: wanted None where skip is None, got sums")
+        return
+    check_tensor(skip, "skip")
+    check_same_place(x, skip, name, "skip")
+    if skip_sums is None:
+        return
+    check_tensor(skip_sums, "skip_sums")
+    check_same_place(sums, skip_sums, "sums", "skip_sums")
+    if skip_sums.dtype != sums.dtype:
+        raise InputError(f"skip_sums: wanted {sums.dtype}, the dtype of sums, got {skip_sums.dtype}")
+    if skip_sums is sums:
+        raise InputError("skip_sums: wanted another tensor than sums")
+    if skip_sums.requires_grad:
+        raise InputError("skip_sums: wanted a tensor that does not require grad; the sums are added in place")
+    if not skip_sums.is_contiguous():
+        raise InputError(f"skip_sums: wanted a contiguous tensor, got strides {skip_sums.stride()}")

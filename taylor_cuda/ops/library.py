@@ -71,7 +71,8 @@ def _bump_versions(op: Callable[..., Any], mutates: tuple[str, ...]) -> Callable
         overload = getattr(torch.ops.taylor_cuda, op.__name__).default
         result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         for position in positions:
-            torch.autograd.graph.increment_version(args[position])
+            if position < len(args) and args[position] is not None:
+                torch.autograd.graph.increment_version(args[position])
         return result
 
     return run
@@ -102,7 +103,15 @@ def _fake_weight_importance(
     ]
 
 
+def _fake_score_relu_backward(
+    output: Tensor, gradient: Tensor, sums: Tensor, skip: Tensor | None = None, skip_sums: Tensor | None = None
+) -> Tensor:
+    torch._check(output.shape == gradient.shape)
+    return torch.empty_like(output)
+
+
 channel_importance = _define(reference.channel_importance, _fake_channel_importance)
 channel_sums = _define(reference.channel_sums, _fake_channel_sums)
 accumulate_channel_sums = _define(reference.accumulate_channel_sums, _fake_accumulate_channel_sums, mutates=("sums",))
 weight_importance = _define(reference.weight_importance, _fake_weight_importance)
+score_relu_backward = _define(reference.score_relu_backward, _fake_score_relu_backward, mutates=("sums", "skip_sums"))

@@ -87,3 +87,20 @@ def weight_importance(
             products = products.abs()
         scores.append(products.sum(dim=1))
     return scores
+
+
+def score_relu_backward(
+    output: Tensor, gradient: Tensor, sums: Tensor, skip: Tensor | None = None, skip_sums: Tensor | None = None
+) -> Tensor:
+    """The backward pass of a ReLU: gx = 0 where output <= 0, else gradient. It leaves what a gate behind it would get.
+
+    ``sums`` ``[C]`` or ``[N, C]`` grows by Σ output·gradient. For output = relu(x + skip), ``skip_sums`` grows by
+    Σ skip·gx: the part of the same sum that flows on along the skip connection; x has the rest. gx is strided as
+    ``torch.empty_like(output)`` is, the layout that threshold_backward chooses too.
+    """
+    gx = torch.empty_like(output)
+    torch.ops.aten.threshold_backward.grad_input(gradient, output, 0, grad_input=gx)
+    accumulate_channel_sums(output, gradient, sums)
+    if skip is not None and skip_sums is not None:
+        accumulate_channel_sums(skip, gx, skip_sums)
+    return gx

@@ -143,13 +143,14 @@ def difference(name: str, actual: Tensor, expected: Tensor, allowed: Tensor) -> 
 
 
 class Ops:
-    """The four ops of one implementation, by name."""
+    """The ops of one implementation, by name."""
 
     def __init__(self, namespace: object) -> None:
         self.channel_sums = getattr(namespace, "channel_sums", None)
         self.channel_importance = getattr(namespace, "channel_importance", None)
         self.accumulate_channel_sums = getattr(namespace, "accumulate_channel_sums", None)
         self.weight_importance = getattr(namespace, "weight_importance", None)
+        self.score_relu_backward = getattr(namespace, "score_relu_backward", None)
 
 
 def check_channel_ops(ops: Ops, activation: Tensor, gradient: Tensor, twice: bool = True) -> list[str]:
@@ -252,4 +253,42 @@ def check_weight_importance(
             allowed = tolerance(weight.dtype) * terms.abs().sum(1)
             found.append(difference(f"{reduction} {i} {tuple(weight.shape)} dim {dim}", result, terms.sum(1), allowed))
             found += [] if torch.equal(result, repeated) else [f"{reduction} {i}: two runs differ"]
+    return [problem for problem in found if problem]
+
+
+def make_relu(name: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """A ReLU's output and its gradient in a named layout, and a skip connection that lies as the output does."""
+    output, gradient = make_pair(name, dtype, seed, device)
+    skip, _ = make_pair(name, dtype, seed + 1, device)
+    return output.relu_(), gradient, skip
+
+
+def check_score_relu_backward(ops: Ops, output: Tensor, gradient: Tensor, skip: Tensor) -> list[str]:
+    """What is wrong with score_relu_backward: gx bit by bit against PyTorch, sums against float64, between two runs."""
+    expected = torch.ops.aten.threshold_backward(gradient, output, 0)
+    eps, found = tolerance(output.dtype), []
+    wide = torch.float64 if output.dtype == torch.float64 else torch.float32
+    for per_sample in (True, False):
+        wanted, before = [], []
+        for terms in (terms_of(output, gradient), terms_of(skip, expected)):
+            spread, total = eps * terms.abs().sum(2), terms.sum(2)
+            total, spread = (total, spread) if per_sample else (total.sum(0), spread.sum(0))
+            start = torch.linspace(-1, 1, max(total.numel(), 1), dtype=wide)[: total.numel()].view(total.shape)
+            before.append(start.to(output.device))
+            wanted.append((start.double() + total, spread + eps * start.double().abs()))
+        for used in (1, 2):
+            runs = []
+            for _ in (0, 1):
+                after = [start.clone() for start in before[:used]]
+                arguments = (after[0], skip, after[1]) if used == 2 else (after[0],)
+                runs.append([ops.score_relu_backward(output, gradient, *arguments), *after])
+            name = f"{'[N, C]' if per_sample else '[C]'}{', skip' if used == 2 else ''}"
+            gx = runs[0][0]
+            if not torch.equal(gx, expected) or gx.dtype != expected.dtype:
+                found.append(f"{name}: gx is not that of PyTorch")
+            if gx.stride() != torch.empty_like(output).stride():
+                found.append(f"{name}: gx has strides {gx.stride()}, wanted those of empty_like(output)")
+            found += [difference(f"{name}, sums {i}", runs[0][i + 1], *wanted[i]) for i in range(used)]
+            if not all(map(torch.equal, runs[0], runs[1])):
+                found.append(f"{name}: two runs differ")
     return [problem for problem in found if problem]

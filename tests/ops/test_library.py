@@ -30,6 +30,12 @@ SAMPLES: dict[str, list[tuple[object, ...]]] = {
     ],
     "accumulate_channel_sums": [(*PAIR, torch.zeros(4)), (*PAIR, torch.zeros(3, 4))],
     "weight_importance": [(*LISTS, reduction) for reduction in reference.WEIGHT_REDUCTIONS],
+    "score_relu_backward": [
+        (*PAIR, torch.zeros(4)),
+        (*PAIR, torch.zeros(3, 4), PAIR[0], torch.zeros(3, 4)),
+        (PAIR[0].to(memory_format=torch.channels_last), PAIR[1], torch.zeros(4)),
+        (PAIR[0][:, :, ::2], PAIR[1][:, :, ::2], torch.zeros(4)),
+    ],
 }
 
 
