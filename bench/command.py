@@ -16,6 +16,7 @@ from taylor_cuda.bench.dispatch import recommendation
 from taylor_cuda.bench.environment import environment
 from taylor_cuda.bench.measure import Ceilings, measure_ceilings, run_race
 from taylor_cuda.bench.plot import write_roofline
+from taylor_cuda.bench.promises import promises
 from taylor_cuda.bench.race import Entry, Options, WrongResultError
 from taylor_cuda.bench.report import markdown, text
 from taylor_cuda.bench.rows import RESULTS, Row, append_rows, newest_rows, read_rows, results_file
@@ -51,7 +52,7 @@ def run(asked: argparse.Namespace) -> int:
     options = Options(asked.device, asked.quick, seconds)
     chosen = [entry for entry in entries(options) if entry.key.suite in asked.suite]
     if asked.check:
-        chosen = needed(chosen, asked.device)
+        chosen = needed(chosen, promises(asked.device))
     if asked.list:
         print("\n".join(f"{entry.key}  ({', '.join(entry.providers)})" for entry in chosen))
         return 0
@@ -73,7 +74,7 @@ def report(rows: list[Row], options: Options, check: bool) -> bool:
     kept = True
     if check or (options.cuda and not options.quick):
         print()
-        for good, sentence in judge(rows, options.device, only_measured=not check):
+        for good, sentence in judge(rows, promises(options.device), only_measured=not check):
             kept &= good
             print(f"{'kept  ' if good else 'MISSED'}  {sentence}")
     if options.cuda:
@@ -81,9 +82,7 @@ def report(rows: list[Row], options: Options, check: bool) -> bool:
     return kept or not check
 
 
-def measure(
-    chosen: list[Entry], options: Options, results: Path | None, deadline: float
-) -> tuple[list[Row], bool]:
+def measure(chosen: list[Entry], options: Options, results: Path | None, deadline: float) -> tuple[list[Row], bool]:
     """Run the races in turn and append their rows.
 
     Args:
@@ -132,7 +131,7 @@ def _race(entry: Entry, options: Options, ceilings: Ceilings, record: dict[str, 
     for row in rows:
         rate = f"{row['gb_per_s']:8.1f} GB/s" if row["gb_per_s"] else " " * 13
         ratios = "  ".join(f"{ratio:.2f}x {peer}" for peer, ratio in row["ratios"].items())
-        print(f"    {row['provider']:18}{row['timer']:6}{row['median_us']:14.1f} us {rate}  {ratios}")
+        print(f"    {row['provider']:24}{row['timer']:6}{row['median_us']:14.1f} us {rate}  {ratios}")
     for reason in left_out:
         print(f"    without {reason}")
     del race

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from taylor_cuda.bench.race import Options
@@ -54,7 +54,9 @@ def by_class(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
     for event in events:
         if event.device_type == DeviceType.CPU:
             # A named range has a shadow on the device, as long as all that runs in it.
-            own = [kernel.duration for kernel in event.kernels if kernel.name != event.name and not _is_range(kernel.name)]
+            own = [
+                kernel.duration for kernel in event.kernels if kernel.name != event.name and not _is_range(kernel.name)
+            ]
             totals[class_of(event)] += sum(own) if on_gpu else event.self_cpu_time_total
         elif not _is_range(event.name):
             seen += event.time_range.elapsed_us()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +81,7 @@ class Key:
         op: what is computed.
         case: shape or network.
         dtype: of the inputs.
-        layout: ``"nchw"``, ``"channels_last"``, ``"tokens"``, ``"rows"``, or ``"parameters"``.
+        layout: ``"nchw"``, ``"channels_last"``, ``"tokens"``, ``"rows"``, ``"scores"``, or ``"parameters"``.
     """
 
     suite: str
@@ -158,6 +158,12 @@ def worst_share(actual: Tensor, expected: Tensor, allowed: Tensor) -> float:
     # 16-bit inputs may have products below the smallest normal number, which hardware may flush.
     share = difference / (allowed + torch.finfo(torch.float32).tiny)
     return float(share.max()) if share.numel() else 0.0
+
+
+def worst_of(shares: Iterable[float]) -> float:
+    """The largest; NaN if any is NaN, which ``max`` would pass over."""
+    found = list(shares)
+    return float("nan") if any(share != share for share in found) else max(found)
 
 
 def of_square(expected: Tensor, allowed: Tensor) -> Tensor:

@@ -88,6 +88,16 @@ inline int64_t check_weight_pair(const Tensor& weight, const Tensor& gradient, i
   return dim < 0 ? dim + dims : dim;
 }
 
+// The contract of keep_mask: scores [n], float32 or float64, and a whole number beside them.
+inline void check_scores(const Tensor& scores, const Tensor& keep) {
+  const ScalarType type = scores.scalar_type();
+  STD_TORCH_CHECK(scores.dim() == 1 && (type == ScalarType::Float || type == ScalarType::Double),
+                  "keep_mask: scores must be [n], of float32 or float64");
+  STD_TORCH_CHECK(keep.dim() == 0 && keep.scalar_type() == ScalarType::Long, "keep_mask: keep must be 0-d, of int64");
+  STD_TORCH_CHECK(scores.is_cuda() == keep.is_cuda() && scores.get_device_index() == keep.get_device_index(),
+                  "keep_mask: the two tensors are on different devices");
+}
+
 // One loop of a walk over two tensors of the same shape.
 struct Loop {
   int64_t size = 1;

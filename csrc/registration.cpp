@@ -11,4 +11,5 @@ STABLE_TORCH_LIBRARY(taylor_cuda_native, m) {
   m.def(
       "score_relu_backward(Tensor output, Tensor gradient, Tensor(a!) sums, Tensor? skip=None, "
       "Tensor(b!)? skip_sums=None) -> Tensor");
+  m.def("keep_mask(Tensor scores, Tensor keep) -> (Tensor, Tensor)");
 }

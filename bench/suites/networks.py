@@ -16,7 +16,7 @@ class MissingPeerError(RuntimeError):
 
 
 def make(network: str, seed: int = 0) -> nn.Module:
-    """A network by torchvision's name for it, with random weights and random normalisation parameters, in training mode.
+    """A network by torchvision's name, with random weights and random normalisation parameters, in training mode.
 
     At PyTorch's own initial values (γ = 1, β = 0) half of the terms of a score would be zeros.
     """

@@ -13,12 +13,15 @@ from taylor_cuda import ops
 from taylor_cuda.bench.cases import ActivationCase, flat_in_memory, input_sets, resnet_gates
 from taylor_cuda.bench.environment import cache_bytes
 from taylor_cuda.bench.race import ALLOWED, Entry, Key, Options, Provider, Race, of_square, worst_share
-from taylor_cuda.bench.suites.peers import compiled, our_names, ours, using
+from taylor_cuda.bench.suites.peers import compiled, our_names, our_providers
 from taylor_cuda.ops import reference
 
 REDUCTIONS = ("batch", "sample", "abs", "element")
 VIT_B = (768, 3072)
 """Widths of its residual stream and of the inside of an MLP."""
+
+WIDE = (16384, 4096)
+"""A linear layer's output."""
 
 BY_SIZE = ((256, 56, 56), (64, 56, 56), (512, 28, 28), (256, 14, 14), (512, 7, 7))
 """Gates of 822, 206, 411, 51 and 26 MB of activation and gradient at batch 256 in 16 bits."""
@@ -113,6 +116,10 @@ def our_op(op: str) -> Callable[[Inputs], Tensor]:
     return lambda inputs: ops.channel_importance(*inputs, reduction)
 
 
+def _apply(run: Callable[[Tensor, Tensor], Tensor], pair: Inputs) -> Tensor:
+    return run(*pair)
+
+
 def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool, rounds: int) -> Race:
     """The race for one op on one case."""
     op = key.op
@@ -127,12 +134,7 @@ def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool
         return worst_share(result, truth[index].sums.sum(), ALLOWED[key.dtype] * truth[index].magnitudes.sum())
 
     line = torch_line(op)
-    providers, skipped = [], []
-    for name, backend in ours(op.partition(":")[0], options).items():
-        if backend is None:
-            skipped.append((name, "not built here"))
-        else:
-            providers.append(Provider(name, our_op(op), check("float32"), context=using(backend)))
+    providers, skipped = our_providers(op.partition(":")[0], options, our_op(op), check("float32"))
     providers.append(Provider("torch", lambda pair: line(*pair), check(key.dtype)))
     if compile_too:
         fast = compiled(line, *inputs[0])
@@ -143,8 +145,7 @@ def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool
     if op in PEERS:
         dtypes = {"hook.float32": "float32"}
         providers += [
-            Provider(name, lambda pair, run=run: run(*pair), check(dtypes.get(name, key.dtype)))
-            for name, run in PEERS[op].items()
+            Provider(name, partial(_apply, run), check(dtypes.get(name, key.dtype))) for name, run in PEERS[op].items()
         ]
     # A dot product reads the same numbers once and keeps one: nothing that reads both tensors can be much faster.
     flat = {id(pair): (flat_in_memory(pair[0]), flat_in_memory(pair[1])) for pair in inputs}
@@ -220,7 +221,7 @@ def _on_a_cpu(races: Entries) -> None:
 
 
 def _on_a_gpu(races: Entries) -> None:
-    """The same at the batch of a GPU, what is promised first: every gate in bfloat16, every layout, both 16-bit types."""
+    """The same at the batch of a GPU, what is promised first: all gates in bfloat16, all layouts, both 16-bit types."""
     batch, half = 256, torch.bfloat16
     for gate in gate_shapes(batch):
         races.add(gate, half, "channels_last", 5, compile_too=True, rounds=30)
@@ -234,7 +235,7 @@ def _on_a_gpu(races: Entries) -> None:
         races.add((batch, *gate), torch.float16, "nchw", 18, rounds=30)
         races.add((batch, *gate), half, "channels_last", 19, op="channel_sums", rounds=30)
         races.add((batch, *gate), half, "nchw", 47, op="channel_sums", rounds=30)
-    races.add((16384, 4096), half, "rows", 20, rounds=30)
+    races.add(WIDE, half, "rows", 20, rounds=30)
     for reduction in REDUCTIONS[2:]:
         races.add((batch, *BY_SIZE[1]), half, "channels_last", 46, op=f"channel_importance:{reduction}", rounds=20)
     for layout in ("channels_last", "nchw"):

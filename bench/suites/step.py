@@ -19,6 +19,9 @@ from taylor_cuda.importance import Importance
 PAIRS = 200
 """Rounds on a GPU, each with one step of everybody: what makes a ratio of 1.005 visible."""
 
+ON_A_GPU = "resnet50 batch 256 at 224"
+"""The step there; on a CPU it is smaller."""
+
 GATES = "nvlabs-style"
 ACTIVATIONS = ("taylor_fg", "taylor_output")
 """Criteria that put something into the network, which a compiled one has to be compiled with."""
@@ -88,16 +91,12 @@ class Steps:
 
     def _made(self, criterion: str | None) -> tuple[TrainingStep, Importance | None]:
         apart = not self.compiled or criterion in ACTIVATIONS
-        if not apart and self.shared is not None:
-            step = self.shared  # compiling takes a minute, and scores from parameters leave what is compiled alone
-        else:
-            step = self.fresh()
+        # Compiling takes a minute, and scores from parameters leave what is compiled alone.
+        step = self.fresh() if apart or self.shared is None else self.shared
         if criterion == GATES:
             step.gated()
-        if criterion in (None, GATES):
-            estimator = None
-        else:
-            estimator = Importance(step.model, step.groups, criterion)
+        plain = criterion is None or criterion == GATES
+        estimator = None if plain else Importance(step.model, step.groups, str(criterion))
         if self.compiled and step is not self.shared:
             step.compiled()
         if not apart:
@@ -141,6 +140,7 @@ def entries(options: Options) -> list[Entry]:
         network, batch, size = "tiny", 2, 64
     dtype, layout = ("bfloat16", "channels_last") if options.cuda else ("float32", "nchw")
     case = f"{network} batch {batch} at {size}"
+    assert case == ON_A_GPU or options.quick or not options.cuda
     # (suite, op, priority, seconds): on a CPU a whole run is for figures that mean something there.
     wanted = [("step", "training_step", 8 if options.cuda else 60, 55.0 if options.cuda else 30.0)]
     if options.cuda or options.quick:
@@ -155,5 +155,7 @@ def entries(options: Options) -> list[Entry]:
         plain = "torch.compile" if ":compiled" in op else "torch"
         names = (plain, *(named(criterion) for criterion in CRITERIA[op]))
         made = partial(build, network=network, batch=batch, size=size, options=options)
-        found.append(Entry(Key(suite, op, case, dtype, layout), made, names, priority, 1.0 if options.quick else seconds))
+        found.append(
+            Entry(Key(suite, op, case, dtype, layout), made, names, priority, 1.0 if options.quick else seconds)
+        )
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from taylor_cuda.errors import InputError
@@ -22,6 +23,7 @@ __all__ = [
     "backends",
     "channel_importance",
     "channel_sums",
+    "keep_mask",
     "score_gate",
     "score_relu",
     "score_relu_backward",
@@ -161,3 +163,33 @@ def score_relu_backward(
         )
     result: Tensor = library.score_relu_backward(output, gradient, sums, skip, skip_sums)
     return result
+
+
+def keep_mask(scores: Tensor, keep: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Mask of the ``keep`` largest scores, and the smallest score in it, without asking the host.
+
+    For masks that change at every step, as soft pruning (SPP) and iterative masks have them: on a GPU it is one launch
+    that waits for nothing and can stand in a CUDA graph, and with ``keep`` in device memory so can the schedule.
+    Budgets in MACs, minimum widths and coupled layers remain with ``tc.plan``.
+
+    The mask has exactly ``min(max(keep, 0), n)`` True entries. Of equal scores, those with the lower index stay; -0.0
+    equals 0.0. NaN counts as larger than every number, for nothing speaks for removing what was not measured. Two runs
+    are bit-equal, and neither result has a gradient.
+
+    Args:
+        scores: ``[n]``, float32 (float64 on the CPU), any stride; higher means: keep. On a GPU less than 2**31 of them.
+        keep: how many stay: an int, or a 0-d int64 tensor on the scores' device.
+
+    Returns:
+        The mask, ``[n]`` of bool, and the threshold, a 0-d tensor of the scores' dtype: the smallest score that stays,
+        +inf where none does, NaN where any score is NaN.
+
+    Raises:
+        InputError: scores of a wrong dtype or shape, or keep of a wrong type, shape or device.
+    """
+    checks.check_scores(scores)
+    checks.check_keep(keep, scores)
+    if not isinstance(keep, Tensor):
+        keep = scores.new_full((), min(max(keep, 0), scores.shape[0]), dtype=torch.int64)  # no copy from the host
+    mask, threshold = library.keep_mask(scores, keep)
+    return mask, threshold

@@ -24,7 +24,14 @@ from taylor_cuda.ops import checks, reference
 Implementation = Callable[..., Any]
 
 NAMES = ("native", "triton", "reference")
-OPS = ("channel_importance", "channel_sums", "accumulate_channel_sums", "weight_importance", "score_relu_backward")
+OPS = (
+    "channel_importance",
+    "channel_sums",
+    "accumulate_channel_sums",
+    "weight_importance",
+    "score_relu_backward",
+    "keep_mask",
+)
 
 # Best first. The order for CUDA is a presumption until a GPU run shows otherwise, op by op; such a row goes into
 # PREFERENCE_OF_OP.

@@ -126,3 +126,24 @@ def check_skip(x: Tensor, sums: Tensor, skip: Tensor | None, skip_sums: Tensor |
         raise InputError("skip_sums: wanted a tensor that does not require grad; the sums are added in place")
     if not skip_sums.is_contiguous():
         raise InputError(f"skip_sums: wanted a contiguous tensor, got strides {skip_sums.stride()}")
+
+
+def check_scores(scores: object) -> None:
+    """Raise unless ``scores`` is ``[n]``, float32 or float64."""
+    check_tensor(scores, "scores")
+    assert isinstance(scores, Tensor)
+    if scores.dtype in HALVES:
+        raise InputError(f"scores: wanted float32 (float64 on the CPU), got {scores.dtype}")
+    if scores.dim() != 1:
+        raise InputError(f"scores: wanted shape [n], got {tuple(scores.shape)}")
+
+
+def check_keep(keep: object, scores: Tensor) -> None:
+    """Raise unless ``keep`` is an int or a 0-d int64 tensor on the scores' device."""
+    if isinstance(keep, Tensor):
+        if keep.dtype != torch.int64 or keep.dim() != 0:
+            raise InputError(f"keep: wanted an int or a 0-d int64 tensor, got {keep.dtype} {tuple(keep.shape)}")
+        if keep.device != scores.device:
+            raise InputError(f"keep: wanted it on {scores.device}, where scores is, got it on {keep.device}")
+    elif not isinstance(keep, int) or isinstance(keep, bool):
+        raise InputError(f"keep: wanted an int or a 0-d int64 tensor, got {type(keep).__name__}")

@@ -110,8 +110,14 @@ def _fake_score_relu_backward(
     return torch.empty_like(output)
 
 
+def _fake_keep_mask(scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    torch._check(keep.dim() == 0)
+    return scores.new_empty(scores.shape, dtype=torch.bool), scores.new_empty(())
+
+
 channel_importance = _define(reference.channel_importance, _fake_channel_importance)
 channel_sums = _define(reference.channel_sums, _fake_channel_sums)
 accumulate_channel_sums = _define(reference.accumulate_channel_sums, _fake_accumulate_channel_sums, mutates=("sums",))
 weight_importance = _define(reference.weight_importance, _fake_weight_importance)
 score_relu_backward = _define(reference.score_relu_backward, _fake_score_relu_backward, mutates=("sums", "skip_sums"))
+keep_mask = _define(reference.keep_mask, _fake_keep_mask)

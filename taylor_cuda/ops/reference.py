@@ -104,3 +104,27 @@ def score_relu_backward(
     if skip is not None and skip_sums is not None:
         accumulate_channel_sums(skip, gx, skip_sums)
     return gx
+
+
+def keep_mask(scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask ``[n]`` of the ``keep`` largest scores, and the smallest score in it.
+
+    ``keep``, a 0-d int64 tensor, is taken as the nearest number from 0 to n. NaN is larger than every number, -0.0
+    equals 0.0, and of equal scores those with the lower index stay. The threshold is +inf where nothing stays, and NaN
+    where any score is NaN.
+    """
+    count = keep.clamp(0, scores.shape[0])
+    bits = scores.view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+    lowest, highest = torch.iinfo(bits.dtype).min, torch.iinfo(bits.dtype).max
+    # Whole numbers in the order of the scores: the bits of a negative float count downwards. -0.0 is the lowest number.
+    keys = torch.where(bits < 0, bits ^ highest, bits).masked_fill(bits == lowest, 0)
+    keys = keys.masked_fill(scores.isnan(), highest)
+    ordered, order = keys.sort(descending=True, stable=True)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask = mask.scatter(0, order, torch.arange(scores.shape[0], device=scores.device) < count)
+    if scores.shape[0] == 0:
+        return mask, scores.new_full((), float("inf"))
+    last = ordered.gather(0, (count - 1).clamp(min=0).reshape(1))
+    threshold = torch.where(last < 0, last ^ highest, last).view(scores.dtype).reshape(())
+    threshold = threshold.masked_fill(count == 0, float("inf"))
+    return mask, threshold.masked_fill(scores.isnan().any(), float("nan"))

@@ -151,6 +151,7 @@ class Ops:
         self.accumulate_channel_sums = getattr(namespace, "accumulate_channel_sums", None)
         self.weight_importance = getattr(namespace, "weight_importance", None)
         self.score_relu_backward = getattr(namespace, "score_relu_backward", None)
+        self.keep_mask = getattr(namespace, "keep_mask", None)
 
 
 def check_channel_ops(ops: Ops, activation: Tensor, gradient: Tensor, twice: bool = True) -> list[str]:
@@ -292,3 +293,31 @@ def check_score_relu_backward(ops: Ops, output: Tensor, gradient: Tensor, skip: 
             if not all(map(torch.equal, runs[0], runs[1])):
                 found.append(f"{name}: two runs differ")
     return [problem for problem in found if problem]
+
+
+def expected_mask(scores: Sequence[float], keep: int) -> list[bool]:
+    """The ``keep`` largest, as sorting with Python says; NaN before all numbers, then the lower index."""
+    order = sorted(
+        range(len(scores)), key=lambda i: (scores[i] == scores[i], -scores[i] if scores[i] == scores[i] else 0)
+    )
+    kept = set(order[: max(keep, 0)])
+    return [i in kept for i in range(len(scores))]
+
+
+def check_keep_mask(
+    keep_mask: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], scores: Tensor, keep: int
+) -> list[str]:
+    """What is wrong with one mask and its threshold, and between two runs."""
+    count = torch.tensor(keep, device=scores.device)
+    mask, threshold = keep_mask(scores, count)
+    again, repeated = keep_mask(scores, count)
+    values = scores.tolist()
+    wanted = expected_mask(values, keep)
+    kept = [value for value, stays in zip(values, wanted, strict=True) if stays]
+    missing = any(value != value for value in values)
+    least = torch.tensor(float("nan") if missing else min(kept, default=float("inf")), dtype=scores.dtype)
+    found = [] if mask.tolist() == wanted else [f"keep {keep} of {len(values)}: wrong mask"]
+    if not torch.allclose(threshold.cpu(), least, rtol=0, atol=0, equal_nan=True):
+        found.append(f"keep {keep} of {len(values)}: threshold {threshold.item()}, wanted {least.item()}")
+    same = torch.equal(mask, again) and torch.allclose(threshold, repeated, rtol=0, atol=0, equal_nan=True)
+    return found if same else [*found, "two runs differ"]

@@ -36,6 +36,7 @@ SAMPLES: dict[str, list[tuple[object, ...]]] = {
         (PAIR[0].to(memory_format=torch.channels_last), PAIR[1], torch.zeros(4)),
         (PAIR[0][:, :, ::2], PAIR[1][:, :, ::2], torch.zeros(4)),
     ],
+    "keep_mask": [(torch.randn(9), torch.tensor(keep)) for keep in (0, 4)] + [(torch.randn(0), torch.tensor(1))],
 }
 
 
