@@ -41,6 +41,8 @@ def run(asked: argparse.Namespace) -> int:
     for name, value in (("time_limit", asked.time_limit), ("seconds", asked.seconds)):
         if value is not None and not value > 0:
             raise InputError(f"{name}: wanted a number above 0, got {value}")
+    if asked.results is not None and asked.results.exists() and not asked.results.is_dir():
+        raise InputError(f"results: wanted a folder, got {asked.results}, which is a file")
     if asked.table:
         stored = read_rows(asked.results or RESULTS)
         print(markdown(stored))
@@ -61,7 +63,10 @@ def run(asked: argparse.Namespace) -> int:
     results = asked.results or (None if asked.quick else RESULTS)
     rows, wrong = measure(chosen, options, results, deadline)
     print("\n" + text(rows))
-    _draw(asked, rows)
+    try:
+        _draw(asked, rows)
+    except InputError as error:
+        print(error, file=sys.stderr)  # what was measured counts more than its picture
     kept = report(rows, options, asked.check)
     return 0 if kept and not wrong else 1
 
