@@ -65,14 +65,14 @@ inline void check_activation_pair(const Tensor& activation, const Tensor& gradie
                   ": wanted two tensors of one of float32, float16, bfloat16, float64");
 }
 
-// The contract of accumulate_channel_sums: sums is contiguous, [C] or [N, C], of the result's type.
-inline void check_sums(const Tensor& activation, const Tensor& sums) {
+// The contract of the ops that add to sums: contiguous, [C] or [N, C], of the result's type.
+inline void check_sums(const Tensor& activation, const Tensor& sums, const char* op = "accumulate_channel_sums") {
   const bool per_sample = sums.dim() == 2 && sums.size(0) == activation.size(0) && sums.size(1) == activation.size(1);
   const bool per_channel = sums.dim() == 1 && sums.size(0) == activation.size(1);
-  STD_TORCH_CHECK(per_sample || per_channel, "accumulate_channel_sums: sums must be [C] or [N, C]");
-  STD_TORCH_CHECK(sums.is_contiguous(), "accumulate_channel_sums: sums must be contiguous");
-  STD_TORCH_CHECK(sums.scalar_type() == result_type(activation.scalar_type()),
-                  "accumulate_channel_sums: sums must be float32, or float64 for float64 activations");
+  STD_TORCH_CHECK(per_sample || per_channel, op, ": sums must be [C] or [N, C]");
+  STD_TORCH_CHECK(sums.is_contiguous(), op, ": sums must be contiguous");
+  STD_TORCH_CHECK(sums.scalar_type() == result_type(activation.scalar_type()), op,
+                  ": sums must be float32, or float64 for float64 activations");
 }
 
 // The contract of one (weight, gradient, dim) of weight_importance: the types agree, or a float32 weight has a 16-bit

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <string>
 
 #include "common.h"
 
@@ -37,6 +39,23 @@ struct Piece {
   int loop_count = 0;
   int64_t outer = 1;  // positions of the loops: without the innermost one, except for kColumns
 };
+
+// The widest instructions that this CPU has, or narrower ones where ATEN_CPU_CAPABILITY asks for them, as PyTorch's own
+// kernels do.
+enum class Instructions { kBaseline, kAvx2, kAvx512 };
+
+inline Instructions best_instructions() {
+#if TAYLOR_X86
+  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string most = asked == nullptr ? "avx512" : asked;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && most != "avx2" && most != "default") return Instructions::kAvx512;
+  if (has_avx2 && most != "default") return Instructions::kAvx2;
+#endif
+  return Instructions::kBaseline;
+}
 
 using Kernel = void (*)(const void* a, const void* g, const Piece& piece, double* out);
 

@@ -11,5 +11,6 @@
 #define TAYLOR_WIDTH 256
 
 #include "cpu/product_kernels.h"
+#include "cpu/relu_kernels.h"
 
 #endif

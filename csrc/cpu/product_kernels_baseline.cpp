@@ -5,3 +5,4 @@
 #define TAYLOR_WIDTH 128
 
 #include "cpu/product_kernels.h"
+#include "cpu/relu_kernels.h"

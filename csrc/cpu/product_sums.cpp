@@ -3,9 +3,7 @@
 #include "cpu/product_sums.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <deque>
-#include <string>
 
 #include "cpu/kernel_table.h"
 
@@ -19,16 +17,10 @@ constexpr int64_t kLeastRows = 96;  // rows of a piece of columns: clearing and 
 
 using KernelOf = Kernel (*)(ScalarType type_a, ScalarType type_g, Term term);
 
-// The widest kernels this CPU runs, or narrower ones where ATEN_CPU_CAPABILITY asks for them, as PyTorch's own do.
 KernelOf best_kernels() {
 #if TAYLOR_X86
-  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string most = asked == nullptr ? "avx512" : asked;
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && most != "avx2" && most != "default") return avx512::kernel_of;
-  if (has_avx2 && most != "default") return avx2::kernel_of;
+  if (best_instructions() == Instructions::kAvx512) return avx512::kernel_of;
+  if (best_instructions() == Instructions::kAvx2) return avx2::kernel_of;
 #endif
   return baseline::kernel_of;
 }

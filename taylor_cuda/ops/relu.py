@@ -84,13 +84,19 @@ def score_relu(
     checks.check_sums(x, sums, "x")
     checks.check_skip(x, sums, skip, skip_sums, "x")
     if not torch.compiler.is_compiling():
-        if inplace and skip_sums is not None and torch._C._is_alias_of(x, skip):
+        if inplace and skip is not None and skip_sums is not None and _is_same_memory(x, skip):
             raise InputError("skip: wanted memory of its own where x is overwritten and skip_sums is given")
         result: Tensor = _ScoreReLU.apply(x, skip, sums, skip_sums, inplace)
         return result
     # Not every compiler that is supported knows of functions that overwrite their inputs; all of them know copy_.
     result = _ScoreReLU.apply(x, skip, sums, skip_sums, False)
     return x.copy_(result) if inplace else result
+
+
+def _is_same_memory(x: Tensor, skip: Tensor) -> bool:
+    """Whether writing x writes skip; PyTorch itself refuses tensors that overlap in part."""
+    shared: bool = torch._C._is_alias_of(x, skip)  # type: ignore[attr-defined]
+    return shared and bool(x.storage_offset() == skip.storage_offset())
 
 
 def _promoted(x: Tensor, skip: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:

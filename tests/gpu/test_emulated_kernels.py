@@ -101,3 +101,9 @@ def test_bad_arguments_are_refused(emulated: Ops, name: str) -> None:
     call, message = BAD[name]
     with pytest.raises(RuntimeError, match=message):
         call(emulated)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("layout", cases.PAIRS)
+def test_relu_matches_pytorch_and_float64(emulated: Ops, layout: str, dtype: str) -> None:
+    assert cases.check_score_relu_backward(emulated, *cases.make_relu(layout, cases.DTYPES[dtype])) == []

@@ -17,8 +17,10 @@ from tests.gpu.cases import (
     WEIGHTS,
     Ops,
     check_channel_ops,
+    check_score_relu_backward,
     check_weight_importance,
     make_pair,
+    make_relu,
     make_weights,
     source,
 )
@@ -28,6 +30,8 @@ pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="the C++ parts 
 
 # Input sides whose rows are long (added six at a time, some left over), wider than a piece, or joined to longer ones.
 SHAPES = [(9, 1200), (64, 1024), (131, 2051), (7, 150, 3, 3), (6, 700, 3, 3), (5, 9300), (700, 3), (333, 8), (90, 5, 2)]
+
+RELU_LAYOUTS = ("nchw 14x14", "nchw 33x31", "nhwc 7x7", "nhwc 13 channels", "[N, C] odd", "two layouts")
 
 
 def wide_weights(types: str) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
@@ -41,6 +45,9 @@ def problems_of(ops: Ops) -> list[str]:
     for name, dtype in DTYPES.items():
         for layout in PAIRS:
             found += [f"{layout} {name}: {text}" for text in check_channel_ops(ops, *make_pair(layout, dtype), False)]
+        for layout in RELU_LAYOUTS:
+            relu = check_score_relu_backward(ops, *make_relu(layout, dtype), twice=False)
+            found += [f"{layout} {name}, ReLU: {text}" for text in relu]
     for types in WEIGHT_DTYPES:
         found += [f"{types}: {text}" for text in check_weight_importance(ops, *wide_weights(types))]
         found += [f"{types}: {text}" for text in check_weight_importance(ops, *make_weights(list(WEIGHTS), types))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -22,10 +23,6 @@ GRADIENTS: dict[str, Maker] = {**LAYOUTS, "expanded": lambda x: x[:, :, :1, :1].
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def random(dtype: torch.dtype, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(3, 6, 5, 4, generator=generator, dtype=torch.float64).to(dtype)
@@ -37,32 +34,25 @@ def plain(x: Tensor, skip: Tensor | None, inplace: bool) -> Tensor:
     return torch.relu(x) if skip is None else torch.add(x, skip).relu_()
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
-@pytest.mark.parametrize("with_skip", [False, True], ids=["", "skip"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gradient_layout", GRADIENTS)
-def test_bit_equal_to_pytorch(
-    layout: str, gradient_layout: str, dtype: torch.dtype, with_skip: bool, inplace: bool
-) -> None:
-    gradient = GRADIENTS[gradient_layout](random(dtype, 2))
-    results = []
-    for scored in (False, True):
-        x, skip = (LAYOUTS[layout](random(dtype, seed)).requires_grad_() for seed in (0, 1))
-        inputs = (x, skip) if with_skip else (x,)
-        hidden = [tensor.mul(1) for tensor in inputs]
-        given = (hidden[0], hidden[1] if with_skip else None)
-        sums, skip_sums = torch.zeros(2, 6, dtype=wide(dtype))
-        if scored:
-            y = tc.score_relu(given[0], sums, given[1], skip_sums if with_skip else None, inplace)
-        else:
-            y = plain(*given, inplace)
-        assert not inplace or y.data_ptr() == hidden[0].data_ptr()
-        results.append([y, *torch.autograd.grad(y, inputs, gradient)])
-    for expected, actual in zip(*results, strict=True):
-        assert torch.equal(actual, expected)
-        assert actual.dtype == expected.dtype
-        assert actual.stride() == expected.stride()
+def test_bit_equal_to_pytorch(layout: str, gradient_layout: str) -> None:
+    for dtype, with_skip, inplace in itertools.product(DTYPES, (False, True), (False, True)):
+        gradient = GRADIENTS[gradient_layout](random(dtype, 2))
+        results = []
+        for scored in (False, True):
+            inputs = [LAYOUTS[layout](random(dtype, seed)).requires_grad_() for seed in range(1 + with_skip)]
+            x, skip = [*(tensor.mul(1) for tensor in inputs), None][:2]
+            sums = torch.zeros(2, 6, dtype=torch.promote_types(dtype, torch.float32))
+            if scored:
+                y = tc.score_relu(x, sums[0], skip, sums[1] if with_skip else None, inplace)
+            else:
+                y = plain(x, skip, inplace)
+            assert not inplace or y.data_ptr() == x.data_ptr()
+            results.append([y, *torch.autograd.grad(y, inputs, gradient)])
+        for expected, actual in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
+            assert (actual.dtype, actual.stride()) == (expected.dtype, expected.stride())
 
 
 @pytest.mark.parametrize("per_example", [False, True], ids=["[C]", "[N, C]"])
@@ -149,6 +139,13 @@ def test_what_is_not_needed_is_not_saved() -> None:
         skip.mul_(2)
         x.mul_(2)
     y.sum().backward()
+
+
+def test_two_halves_of_one_tensor_may_be_added_in_place() -> None:
+    whole = random(torch.float32, 0)
+    expected = torch.relu(whole[:, :3] + whole[:, 3:])
+    y = tc.score_relu(whole[:, :3], torch.zeros(3), whole[:, 3:], torch.zeros(3), inplace=True)
+    assert torch.equal(y, expected)
 
 
 def test_inplace_refuses_what_pytorch_refuses() -> None:

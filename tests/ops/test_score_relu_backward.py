@@ -8,7 +8,7 @@ import torch
 import taylor_cuda as tc
 from taylor_cuda.ops import score_relu_backward
 from tests.gpu import cases
-from tests.ops.checks import each_backend, ops_of
+from tests.ops.checks import BACKENDS, each_backend, ops_of
 
 INF, NAN = float("inf"), float("nan")
 
@@ -28,30 +28,53 @@ def test_hand_computed(backend: str) -> None:
     assert by_channel.tolist() == [116.0, 5.0]
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("layout", cases.PAIRS)
 @each_backend
-def test_matches_pytorch_and_float64(backend: str, layout: str, dtype: str) -> None:
-    assert cases.check_score_relu_backward(ops_of(backend), *cases.make_relu(layout, cases.DTYPES[dtype])) == []
+def test_matches_pytorch_and_float64(backend: str, layout: str) -> None:
+    for dtype in cases.DTYPES.values():
+        assert cases.check_score_relu_backward(ops_of(backend), *cases.make_relu(layout, dtype)) == []
+
+
+# Cut into several pieces: many rows, many positions, many samples, more channels than a block and rows of whole pages.
+PIECES = {
+    "rows": lambda m: (m(3, 5, 100, 101), m(3, 5, 100, 101)),
+    "columns": lambda m: (m(2, 60, 70, 24).movedim(-1, 1), m(2, 60, 70, 24).movedim(-1, 1)),
+    "wide columns": lambda m: (m(2, 107, 1100).mT, m(2, 107, 1100).mT),
+    "[N, C]": lambda m: (m(210, 1029), m(210, 1029)),
+}
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the C++ parts were not built")
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_add_up_whatever_the_number_of_threads(name: str) -> None:
+    output, gradient = PIECES[name](cases.source(torch.float32, 0))
+    skip, threads = PIECES[name](cases.source(torch.float32, 1))[0], torch.get_num_threads()
+    ops, found = ops_of("native"), []
+    assert cases.check_score_relu_backward(ops, output.relu_(), gradient, skip) == []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            sums = torch.zeros(2, output.shape[1])
+            found.append([sums, ops.score_relu_backward(output, gradient, sums[0], skip, sums[1])])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *found))
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("dtype", cases.DTYPES.values(), ids=str)
 @pytest.mark.parametrize("shape", [(2, 24), (2, 24, 1), (1, 24, 19), (1, 8, 5003)], ids=str)
-def test_special_numbers_pass_as_in_pytorch(backend: str, dtype: str, shape: tuple[int, ...]) -> None:
+def test_special_numbers_pass_as_in_pytorch(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """NaN is not <= 0, so the gradient passes; what is masked is 0 whatever the gradient is; -0 is kept."""
-    specials = torch.tensor([0.0, -0.0, NAN, INF, -INF, 1.0, -1.0, 1e-7], dtype=cases.DTYPES[dtype])
+    specials = torch.tensor([0.0, -0.0, NAN, INF, -INF, 1.0, -1.0, 1e-7], dtype=dtype)
     count = torch.Size(shape).numel()
     output = specials.repeat(count)[:count].view(shape)
     gradient = specials.repeat_interleave(8).repeat(count)[:count].view(shape)
-    gx = ops_of(backend).score_relu_backward(output, gradient, torch.zeros(shape[1], dtype=_wide(dtype)))
+    sums = torch.zeros(shape[1], dtype=torch.promote_types(dtype, torch.float32))
+    gx = ops_of(backend).score_relu_backward(output, gradient, sums)
     expected = torch.ops.aten.threshold_backward(gradient, output, 0)
     torch.testing.assert_close(gx, expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(gx.signbit(), expected.signbit())
-
-
-def _wide(dtype: str) -> torch.dtype:
-    return torch.float64 if dtype == "fp64" else torch.float32
+    assert torch.equal(gx.signbit() & ~gx.isnan(), expected.signbit() & ~gx.isnan())
 
 
 @each_backend
