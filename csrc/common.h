@@ -19,15 +19,21 @@ namespace taylor {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Reduction { kBatch, kSample, kAbs, kElement };  // of channel_importance
-enum class Term { kProduct, kSquare, kAbs };               // what is summed: a·g, (a·g)², |a·g|
+enum class Reduction { kBatch, kSample, kAbs, kElement, kAll };  // of channel_importance
+constexpr int64_t kReductions = 4;  // rows of kAll, in the order of the others
+
+// What is summed: a·g, (a·g)² or |a·g|; or the first two, or all three, each in a plane of its own.
+enum class Term { kProduct, kSquare, kAbs, kTwo, kThree };
+
+constexpr int planes_of(Term term) { return term == Term::kTwo ? 2 : term == Term::kThree ? 3 : 1; }
 
 inline Reduction channel_reduction(const std::string& name) {
   if (name == "batch") return Reduction::kBatch;
   if (name == "sample") return Reduction::kSample;
   if (name == "abs") return Reduction::kAbs;
-  STD_TORCH_CHECK(name == "element", "channel_importance: unknown reduction ", name);
-  return Reduction::kElement;
+  if (name == "element") return Reduction::kElement;
+  STD_TORCH_CHECK(name == "all", "channel_importance: unknown reduction ", name);
+  return Reduction::kAll;
 }
 
 inline Term weight_reduction(const std::string& name) {

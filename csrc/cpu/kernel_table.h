@@ -38,6 +38,7 @@ struct Piece {
   const Loop* loops = nullptr;
   int loop_count = 0;
   int64_t outer = 1;  // positions of the loops: without the innermost one, except for kColumns
+  int64_t plane = 0;  // from the sums of one term to those of the next
 };
 
 // The widest instructions that this CPU has, or narrower ones where ATEN_CPU_CAPABILITY asks for them, as PyTorch's own

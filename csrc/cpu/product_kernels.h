@@ -105,16 +105,24 @@ TAYLOR_INLINE Double8 products(const TA* a, const TG* g) {
   }
 }
 
-template <Term term>
-TAYLOR_INLINE double apply(double p) {
-  return term == Term::kProduct ? p : term == Term::kSquare ? p * p : std::fabs(p);
+TAYLOR_INLINE double magnitude(double p) { return std::fabs(p); }
+
+TAYLOR_INLINE Double8 magnitude(Double8 p) {
+  return reinterpret_cast<Double8>(reinterpret_cast<Long8>(p) & INT64_C(0x7fffffffffffffff));
 }
 
-template <Term term>
-TAYLOR_INLINE Double8 apply(Double8 p) {
-  if constexpr (term == Term::kProduct) return p;
-  if constexpr (term == Term::kSquare) return p * p;
-  return reinterpret_cast<Double8>(reinterpret_cast<Long8>(p) & INT64_C(0x7fffffffffffffff));
+// Adds the terms of a product, or of eight, each to its own sum.
+template <Term term, typename T>
+TAYLOR_INLINE void add_terms(T (&sums)[planes_of(term)], T p) {
+  if constexpr (term == Term::kSquare) {
+    sums[0] += p * p;
+  } else if constexpr (term == Term::kAbs) {
+    sums[0] += magnitude(p);
+  } else {
+    sums[0] += p;
+  }
+  if constexpr (planes_of(term) > 1) sums[1] += p * p;
+  if constexpr (planes_of(term) > 2) sums[2] += magnitude(p);
 }
 
 // Walks over all positions of some loops, the last one fastest.
@@ -144,32 +152,34 @@ TAYLOR_INLINE void advance(Cursor& cursor) {
   }
 }
 
-// The sum of one channel while its rows are read; short rows would pay dearly for adding up the lanes of each.
-struct RowSum {
-  Double8 s0{}, s1{}, s2{}, s3{};
-  double tail = 0;
+// The sums of one channel while its rows are read; short rows would pay dearly for adding up the lanes of each.
+template <Term term>
+struct RowSums {
+  Double8 s0[planes_of(term)]{}, s1[planes_of(term)]{}, s2[planes_of(term)]{}, s3[planes_of(term)]{};
+  double tail[planes_of(term)]{};
 };
 
-TAYLOR_INLINE double total(const RowSum& sum) {
-  const Double8 s = (sum.s0 + sum.s1) + (sum.s2 + sum.s3);
-  return (((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]))) + sum.tail;
+template <Term term>
+TAYLOR_INLINE double total(const RowSums<term>& sums, int plane) {
+  const Double8 s = (sums.s0[plane] + sums.s1[plane]) + (sums.s2[plane] + sums.s3[plane]);
+  return (((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]))) + sums.tail[plane];
 }
 
 template <Term term, int stride_a, int stride_g, typename TA, typename TG>
-TAYLOR_INLINE void add_row(const TA* a, const TG* g, int64_t size, RowSum& sum) {
+TAYLOR_INLINE void add_row(const TA* a, const TG* g, int64_t size, RowSums<term>& sums) {
   int64_t i = 0;
   for (; i + 32 <= size; i += 32) {
     const TA* pa = a + i * stride_a;
     const TG* pg = g + i * stride_g;
-    sum.s0 += apply<term>(products<stride_a, stride_g>(pa, pg));
-    sum.s1 += apply<term>(products<stride_a, stride_g>(pa + 8 * stride_a, pg + 8 * stride_g));
-    sum.s2 += apply<term>(products<stride_a, stride_g>(pa + 16 * stride_a, pg + 16 * stride_g));
-    sum.s3 += apply<term>(products<stride_a, stride_g>(pa + 24 * stride_a, pg + 24 * stride_g));
+    add_terms<term>(sums.s0, products<stride_a, stride_g>(pa, pg));
+    add_terms<term>(sums.s1, products<stride_a, stride_g>(pa + 8 * stride_a, pg + 8 * stride_g));
+    add_terms<term>(sums.s2, products<stride_a, stride_g>(pa + 16 * stride_a, pg + 16 * stride_g));
+    add_terms<term>(sums.s3, products<stride_a, stride_g>(pa + 24 * stride_a, pg + 24 * stride_g));
   }
   for (; i + 8 <= size; i += 8) {
-    sum.s0 += apply<term>(products<stride_a, stride_g>(a + i * stride_a, g + i * stride_g));
+    add_terms<term>(sums.s0, products<stride_a, stride_g>(a + i * stride_a, g + i * stride_g));
   }
-  for (; i < size; ++i) sum.tail += apply<term>(product(a[i * stride_a], g[i * stride_g]));
+  for (; i < size; ++i) add_terms<term>(sums.tail, product(a[i * stride_a], g[i * stride_g]));
 }
 
 // out[i] = Σ f(a·g) over the loops of the i-th channel; the innermost loop is contiguous in each tensor, or repeats.
@@ -179,45 +189,84 @@ TAYLOR_TARGET void rows(const TA* a, const TG* g, const Piece& piece, double* ou
   Cursor cursor;
   for (int64_t c = 0; c < piece.channels; ++c) {
     start(cursor, piece.loops, piece.loop_count - 1);
-    RowSum sum;
+    RowSums<term> sums;
     for (int64_t r = 0; r < piece.outer; ++r) {
-      add_row<term, stride_a, stride_g>(a + cursor.a, g + cursor.g, inner.size, sum);
+      add_row<term, stride_a, stride_g>(a + cursor.a, g + cursor.g, inner.size, sums);
       if (piece.outer > 1) advance(cursor);
     }
-    out[c] = total(sum);
+    for (int plane = 0; plane < planes_of(term); ++plane) out[plane * piece.plane + c] = total<term>(sums, plane);
     a += piece.channel.stride_a;
     g += piece.channel.stride_g;
   }
 }
 
+// Sums side by side: a row of each term.
+template <Term term>
+using ColumnSums = double[planes_of(term)][kMaxWidth];
+
+// The sums of eight columns.
+template <Term term>
+struct EightColumns {
+  Double8 plane[planes_of(term)];
+
+  TAYLOR_INLINE EightColumns(const ColumnSums<term>& sums, int64_t i) {
+    for (int k = 0; k < planes_of(term); ++k) plane[k] = load<Double8>(sums[k] + i);
+  }
+  TAYLOR_INLINE void store(ColumnSums<term>& sums, int64_t i) const {
+    for (int k = 0; k < planes_of(term); ++k) std::memcpy(sums[k] + i, &plane[k], sizeof(plane[k]));
+  }
+};
+
+template <Term term>
+TAYLOR_INLINE void add_to_column(ColumnSums<term>& sums, int64_t i, double p) {
+  double column[planes_of(term)];
+  for (int k = 0; k < planes_of(term); ++k) column[k] = sums[k][i];
+  add_terms<term>(column, p);
+  for (int k = 0; k < planes_of(term); ++k) sums[k][i] = column[k];
+}
+
 template <Term term, typename TA, typename TG>
-TAYLOR_INLINE void add_to_columns(const TA* a, const TG* g, int64_t width, double* sums) {
+TAYLOR_INLINE void add_to_columns(const TA* a, const TG* g, int64_t width, ColumnSums<term>& sums) {
   int64_t i = 0;
   for (; i + 8 <= width; i += 8) {
-    const Double8 s = load<Double8>(sums + i) + apply<term>(products<1, 1>(a + i, g + i));
-    std::memcpy(sums + i, &s, sizeof(s));
+    EightColumns<term> s(sums, i);
+    add_terms<term>(s.plane, products<1, 1>(a + i, g + i));
+    s.store(sums, i);
   }
-  for (; i < width; ++i) sums[i] += apply<term>(product(a[i], g[i]));
+  for (; i < width; ++i) add_to_column<term>(sums, i, product(a[i], g[i]));
 }
 
 // The same for rows that lie end to end: fewer visits of sums that fill the cache. A cache line of each row is used up
 // at once, for rows of whole pages would push each other's lines out.
 template <Term term, typename TA, typename TG>
-TAYLOR_INLINE void add_rows_to_columns(const TA* a, const TG* g, int64_t width, double* sums) {
+TAYLOR_INLINE void add_rows_to_columns(const TA* a, const TG* g, int64_t width, ColumnSums<term>& sums) {
   int64_t i = 0;
   for (; i + 16 <= width; i += 16) {
-    Double8 s0 = load<Double8>(sums + i), s1 = load<Double8>(sums + i + 8);
+    EightColumns<term> s0(sums, i), s1(sums, i + 8);
     for (int r = 0; r < kRowsAtOnce; ++r) {
       const TA* pa = a + r * width + i;
       const TG* pg = g + r * width + i;
-      s0 += apply<term>(products<1, 1>(pa, pg));
-      s1 += apply<term>(products<1, 1>(pa + 8, pg + 8));
+      add_terms<term>(s0.plane, products<1, 1>(pa, pg));
+      add_terms<term>(s1.plane, products<1, 1>(pa + 8, pg + 8));
     }
-    std::memcpy(sums + i, &s0, sizeof(s0));
-    std::memcpy(sums + i + 8, &s1, sizeof(s1));
+    s0.store(sums, i);
+    s1.store(sums, i + 8);
   }
   for (; i < width; ++i) {
-    for (int r = 0; r < kRowsAtOnce; ++r) sums[i] += apply<term>(product(a[r * width + i], g[r * width + i]));
+    for (int r = 0; r < kRowsAtOnce; ++r) add_to_column<term>(sums, i, product(a[r * width + i], g[r * width + i]));
+  }
+}
+
+// From sums side by side to one for each channel: the rows of a run, then its folds.
+TAYLOR_INLINE void fold_columns(double* sums, const Piece& piece, double* out) {
+  const int64_t row = piece.channels * piece.fold;
+  for (int64_t first = row; first < piece.width; first += row) {
+    for (int64_t i = 0; i < row; ++i) sums[i] += sums[first + i];
+  }
+  for (int64_t c = 0; c < piece.channels; ++c) {
+    double sum = 0;
+    for (int64_t i = 0; i < piece.fold; ++i) sum += sums[c * piece.fold + i];
+    out[c] = sum;
   }
 }
 
@@ -226,8 +275,8 @@ TAYLOR_INLINE void add_rows_to_columns(const TA* a, const TG* g, int64_t width, 
 // before they are folded.
 template <Term term, typename TA, typename TG>
 TAYLOR_TARGET void columns(const TA* a, const TG* g, const Piece& piece, double* out) {
-  alignas(64) double sums[kMaxWidth];
-  for (int64_t i = 0; i < piece.width; ++i) sums[i] = 0;
+  alignas(64) ColumnSums<term> sums;
+  for (int plane = 0; plane < planes_of(term); ++plane) std::fill(sums[plane], sums[plane] + piece.width, 0.0);
   Cursor cursor;
   start(cursor, piece.loops, piece.loop_count);
   for (int64_t r = 0; r < piece.outer; ++r, advance(cursor)) {
@@ -243,15 +292,22 @@ TAYLOR_TARGET void columns(const TA* a, const TG* g, const Piece& piece, double*
       add_to_columns<term>(pa + i, pg + i, std::min(piece.width, piece.run - i), sums);
     }
   }
-  const int64_t row = piece.channels * piece.fold;
-  for (int64_t first = row; first < piece.width; first += row) {
-    for (int64_t i = 0; i < row; ++i) sums[i] += sums[first + i];
+  for (int plane = 0; plane < planes_of(term); ++plane) fold_columns(sums[plane], piece, out + plane * piece.plane);
+}
+
+// out[c] += Σ f(a·g) over one stretch of a loop of any strides.
+template <Term term, typename TA, typename TG>
+TAYLOR_INLINE void add_stretch(const TA* a, const TG* g, const Loop& inner, int64_t begin, int64_t end,
+                               const Piece& piece, double* out) {
+  double s[4][planes_of(term)] = {};
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) {
+    for (int j = 0; j < 4; ++j) {
+      add_terms<term>(s[j], product(a[(i + j) * inner.stride_a], g[(i + j) * inner.stride_g]));
+    }
   }
-  for (int64_t c = 0; c < piece.channels; ++c) {
-    double sum = 0;
-    for (int64_t i = 0; i < piece.fold; ++i) sum += sums[c * piece.fold + i];
-    out[c] = sum;
-  }
+  for (; i < end; ++i) add_terms<term>(s[0], product(a[i * inner.stride_a], g[i * inner.stride_g]));
+  for (int k = 0; k < planes_of(term); ++k) out[k * piece.plane] += (s[0][k] + s[1][k]) + (s[2][k] + s[3][k]);
 }
 
 // out[c] = Σ f(a·g) over the loops, any strides. A block of channels shares the cache lines of a stretch of the
@@ -260,7 +316,7 @@ template <Term term, typename TA, typename TG>
 TAYLOR_TARGET void strided(const TA* a, const TG* g, const Piece& piece, double* out) {
   constexpr int64_t kStretch = 64;
   const Loop inner = piece.loop_count > 0 ? piece.loops[piece.loop_count - 1] : Loop{};
-  for (int64_t c = 0; c < piece.channels; ++c) out[c] = 0;
+  for (int k = 0; k < planes_of(term); ++k) std::fill_n(out + k * piece.plane, piece.channels, 0.0);
   for (int64_t first = 0; first < piece.channels; first += kStridedBlock) {
     const int64_t last = std::min(first + kStridedBlock, piece.channels);
     Cursor cursor;
@@ -271,15 +327,7 @@ TAYLOR_TARGET void strided(const TA* a, const TG* g, const Piece& piece, double*
         for (int64_t c = first; c < last; ++c) {
           const TA* pa = a + cursor.a + c * piece.channel.stride_a;
           const TG* pg = g + cursor.g + c * piece.channel.stride_g;
-          double s[4] = {0, 0, 0, 0};
-          int64_t i = begin;
-          for (; i + 4 <= end; i += 4) {
-            for (int j = 0; j < 4; ++j) {
-              s[j] += apply<term>(product(pa[(i + j) * inner.stride_a], pg[(i + j) * inner.stride_g]));
-            }
-          }
-          for (; i < end; ++i) s[0] += apply<term>(product(pa[i * inner.stride_a], pg[i * inner.stride_g]));
-          out[c] += (s[0] + s[1]) + (s[2] + s[3]);
+          add_stretch<term>(pa, pg, inner, begin, end, piece, out + c);
         }
       }
     }
@@ -304,10 +352,15 @@ TAYLOR_TARGET void run(const void* a, const void* g, const Piece& piece, double*
   }
 }
 
+// Several terms at once are for channel ops, whose tensors have one type.
 template <typename TA, typename TG>
 Kernel of_term(Term term) {
   if (term == Term::kProduct) return run<Term::kProduct, TA, TG>;
   if (term == Term::kSquare) return run<Term::kSquare, TA, TG>;
+  if constexpr (std::is_same_v<TA, TG>) {
+    if (term == Term::kTwo) return run<Term::kTwo, TA, TG>;
+    if (term == Term::kThree) return run<Term::kThree, TA, TG>;
+  }
   return run<Term::kAbs, TA, TG>;
 }
 

@@ -148,7 +148,7 @@ class Plan {
   void run();
 
  private:
-  void add_chunk(const Job& job, Layout& layout, const Cut& cut, int64_t chunk, double* partial);
+  void add_chunk(const Job& job, Layout& layout, const Cut& cut, int64_t chunk, double* partial, int64_t plane);
 
   std::deque<std::vector<Loop>> loops_;  // a deque, for tasks point into it
   std::vector<std::unique_ptr<double[]>> partials_;
@@ -170,18 +170,21 @@ void Plan::add(const Job& job, double* results) {
   const int64_t width = layout.channel.size;
   const int64_t kept = job.per_sample ? layout.sample.size : 1;   // rows of the results
   const int64_t summed = layout.sample.size * cut.chunks / kept;  // rows of partial sums for each
+  const int64_t rows = planes_of(job.term) * kept;                // of results
   double* partial = results;
   if (summed > 1) {
-    partials_.emplace_back(new double[kept * summed * width]);
+    partials_.emplace_back(new double[rows * summed * width]);
     partial = partials_.back().get();
-    for (int64_t r = 0; r < kept; ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
       additions_.push_back({partial + r * summed * width, results + r * width, summed, width});
     }
   }
-  for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) add_chunk(job, layout, cut, chunk, partial);
+  for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
+    add_chunk(job, layout, cut, chunk, partial, kept * summed * width);
+  }
 }
 
-void Plan::add_chunk(const Job& job, Layout& layout, const Cut& cut, int64_t chunk, double* partial) {
+void Plan::add_chunk(const Job& job, Layout& layout, const Cut& cut, int64_t chunk, double* partial, int64_t plane) {
   loops_.push_back(chunk + 1 < cut.chunks ? layout.rest : std::move(layout.rest));
   std::vector<Loop>& loops = loops_.back();
   int64_t offset_a = 0, offset_g = 0;
@@ -217,6 +220,7 @@ void Plan::add_chunk(const Job& job, Layout& layout, const Cut& cut, int64_t chu
       piece.loops = loops.data();
       piece.loop_count = static_cast<int>(loops.size());
       piece.outer = outer;
+      piece.plane = plane;
       const int64_t size = outer * (columns ? piece.run : piece.channels * inner);
       tasks_.push_back({kernel_for(job), job.a, job.g, piece, out + c, size});
     }

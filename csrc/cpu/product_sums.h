@@ -1,10 +1,13 @@
 // Sums of products over all dimensions but one, of many pairs of tensors at once: the arithmetic of every CPU op.
 //
 // Computes     result[n, c] = Σ f(a·g) over all other dimensions, f(p) = p, p² or |p|; or result[c], summed over n as
-// well Numerics     fp64 sums; the product of two 16-bit floats is taken in fp32, any other in fp64 (both exact for
-// fp32 and narrower) Bytes        both tensors once; the partial sums stay below 2 % of that Determinism  the work is
-// cut by shape alone and every piece has its own place: any number of threads gives the same bits Dispatch
-// csrc/cpu/product_kernels.h compiled for the baseline, AVX2 and AVX-512; the CPU decides at run time
+//              well; or such a result for each of several f
+// Numerics     fp64 sums; the product of two 16-bit floats is taken in fp32, any other in fp64 (both exact for fp32 and
+//              narrower)
+// Bytes        both tensors once; the partial sums stay below 2 % of that
+// Determinism  the work is cut by shape alone and every piece has its own place: any number of threads gives the same
+//              bits
+// Dispatch     csrc/cpu/product_kernels.h compiled for the baseline, AVX2 and AVX-512; the CPU decides at run time
 
 #pragma once
 
@@ -26,7 +29,8 @@ struct Job {
   Term term = Term::kProduct;
   bool per_sample = false;  // result [N, C] instead of [C]
 
-  int64_t result_size() const { return (per_sample ? walk.sample.size : 1) * walk.channel.size; }
+  int64_t plane_size() const { return (per_sample ? walk.sample.size : 1) * walk.channel.size; }
+  int64_t result_size() const { return planes_of(term) * plane_size(); }
 };
 
 // The results of all jobs; job i's begins at data() + offset(i).

@@ -41,22 +41,24 @@ def channel_importance(activation: Tensor, gradient: Tensor, reduction: str = "b
     - ``"sample"``: Σ_n t², every example on its own.
     - ``"abs"``: mean_n |t / L|, the Taylor criterion of arXiv:1611.06440.
     - ``"element"``: Σ_{n,l} (a·g)².
+    - ``"all"``: these four, as rows in this order, still from one pass. A row may differ from the reduction of its name
+      in the last bits, for it has to keep samples apart where that need not.
 
     The result has no gradient. Two runs are bit-equal, and a NaN stays in its channel. An empty batch gives zeros.
 
     Args:
         activation: ``[N, C, *spatial]`` (``[N, C]`` too), float32, float16, bfloat16 (float64 on the CPU), any strides.
         gradient: dE/da, of the same shape, dtype and device.
-        reduction: one of the four above.
+        reduction: one of the five above.
 
     Returns:
-        ``[C]``, float32 (float64 for float64 inputs); higher means: keep.
+        ``[C]``, or ``[4, C]`` for ``"all"``, float32 (float64 for float64 inputs); higher means: keep.
 
     Raises:
         InputError: a wrong dtype, two dtypes, shapes or devices, or an unknown reduction.
     """
     checks.check_activation_pair(activation, gradient)
-    checks.check_reduction(reduction, CHANNEL_REDUCTIONS)
+    checks.check_reduction(reduction, (*CHANNEL_REDUCTIONS, "all"))
     result: Tensor = library.channel_importance(activation, gradient, reduction)
     return result
 

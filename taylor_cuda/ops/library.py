@@ -80,7 +80,8 @@ def _bump_versions(op: Callable[..., Any], mutates: tuple[str, ...]) -> Callable
 
 def _fake_channel_importance(activation: Tensor, gradient: Tensor, reduction: str = "batch") -> Tensor:
     torch._check(activation.shape == gradient.shape)
-    return activation.new_empty(activation.shape[1], dtype=reference.result_dtype(activation.dtype))
+    rows = (len(reference.CHANNEL_REDUCTIONS),) if reduction == "all" else ()
+    return activation.new_empty((*rows, activation.shape[1]), dtype=reference.result_dtype(activation.dtype))
 
 
 def _fake_channel_sums(activation: Tensor, gradient: Tensor) -> Tensor:

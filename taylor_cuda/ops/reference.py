@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CHANNEL_REDUCTIONS = ("batch", "sample", "abs", "element")
+CHANNEL_REDUCTIONS = ("batch", "sample", "abs", "element")  # in the order of the rows of "all"
 WEIGHT_REDUCTIONS = ("sum", "square", "abs")
 
 
@@ -39,13 +39,16 @@ def channel_sums(activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 def channel_importance(activation: Tensor, gradient: Tensor, reduction: str = "batch") -> Tensor:
-    """Importance of every channel, ``[C]``, with t[n, c] = Σ_l a·g.
+    """Importance of every channel, ``[C]`` (``[4, C]`` for ``"all"``), with t[n, c] = Σ_l a·g.
 
     ``"batch"``    (Σ_n t)²: Taylor-FO of a gate, the square of dE/dz (arXiv:1906.10771)
     ``"sample"``   Σ_n t²: the same for every example on its own
     ``"abs"``      mean_n |t / L|: the Taylor criterion of arXiv:1611.06440
     ``"element"``  Σ_{n,l} (a·g)²
+    ``"all"``      the four of them, ``[4, C]``
     """
+    if reduction == "all":
+        return torch.stack([channel_importance(activation, gradient, each) for each in CHANNEL_REDUCTIONS])
     products = _channel_products(activation, gradient)
     if reduction == "element":
         return products.square().sum(dim=(0, 2))

@@ -167,6 +167,11 @@ def check_channel_ops(ops: Ops, activation: Tensor, gradient: Tensor, twice: boo
         found.append(difference(reduction, result, *importance_of(terms, reduction, eps)))
         if twice and not torch.equal(result, ops.channel_importance(activation, gradient, reduction)):
             found.append(f"{reduction}: two runs differ")
+    rows = ops.channel_importance(activation, gradient, "all")
+    for row, reduction in zip(rows, REDUCTIONS, strict=True):
+        found.append(difference(f"{reduction} of all", row, *importance_of(terms, reduction, eps)))
+    if twice and not torch.equal(rows, ops.channel_importance(activation, gradient, "all")):
+        found.append("all: two runs differ")
     for shape, total, error in ((sums.shape, expected, allowed), (sums.shape[1:], expected.sum(0), allowed.sum(0))):
         before = (
             torch.linspace(-1, 1, max(total.numel(), 1), dtype=sums.dtype)[: total.numel()].view(shape).to(sums.device)
@@ -323,3 +328,16 @@ def check_keep_mask(
         found.append(f"keep {keep} of {len(values)}: threshold {threshold.item()}, wanted {least.item()}")
     same = torch.equal(mask, again) and torch.allclose(threshold, repeated, rtol=0, atol=0, equal_nan=True)
     return found if same else [*found, "two runs differ"]
+
+
+SPECIAL_SCORES = [0.0, -0.0, 1.0, -1.0, *(float(name) for name in ("inf", "-inf", "nan"))]
+SPECIAL_SCORES += [1e-45, -1e-45, 1.1754943508222875e-38, 3.4028234663852886e38]  # the ends of float32
+
+
+def make_scores(n: int, kinds: int, seed: int, device: str = "cpu") -> Tensor:
+    """Scores with ties, of up to so many different numbers, some of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(kinds, generator=generator)
+    special = torch.tensor(SPECIAL_SCORES)[:kinds]
+    values[: len(special)] = special
+    return values[torch.randint(kinds, (n,), generator=generator)].to(device)

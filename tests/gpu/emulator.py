@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = re.compile(r"(\w+<[^;{}]*?>)<<<([^;]*?), ([^;]*?), 0, stream>>>\(([^;]*?)\);")
+LAUNCH = re.compile(r"(\w+(?:<[^;{}]*?>)?)<<<([^;]*?), ([^;]*?), 0, stream>>>\(([^;]*?)\);")
 RENAMED = {
     "aoti_torch_get_current_cuda_stream": "emulated_current_stream",
     "aoti_torch_create_device_guard": "emulated_create_guard",

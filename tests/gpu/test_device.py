@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from taylor_cuda import ops as public
 from taylor_cuda.ops import backends
 from tests.gpu import cases
 from tests.gpu.cases import Ops
@@ -169,6 +170,34 @@ def test_weight_importance_does_not_wait_for_the_gpu(native: Ops, no_synchroniza
     weights = cases.make_weights(list(cases.WEIGHTS), "fp32", device="cuda")
     no_synchronization()
     native.weight_importance(*weights, "sum")
+
+
+@pytest.mark.parametrize("n", [0, 1, 33, 9000, 65_536, 1_000_003])
+def test_keep_mask_keeps_what_a_sorted_list_does(native: Ops, n: int) -> None:
+    for kinds, keep in ((1, n // 2), (40, n - 1), (10**6, 0), (10**6, n // 3), (10**6, n + 1)):
+        scores = cases.make_scores(n, kinds, seed=kinds, device="cuda")
+        assert cases.check_keep_mask(native.keep_mask, scores, keep) == []
+        assert cases.check_keep_mask(native.keep_mask, scores[::2], keep // 2) == []
+
+
+def test_keep_mask_is_captured_and_does_not_wait(native: Ops, no_synchronization: Callable[[], None]) -> None:
+    """How many stay is in device memory: a replay takes the number that is there then."""
+    scores, keep = cases.make_scores(20_000, 10**6, seed=0, device="cuda"), torch.tensor(5000, device="cuda")
+    _capture_and_compare(lambda: list(native.keep_mask(scores.nan_to_num(), keep)), [scores], None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mask, _ = native.keep_mask(scores, keep)
+    keep.fill_(123)
+    graph.replay()
+    assert mask.sum().item() == 123
+    no_synchronization()
+    public.keep_mask(scores, 7)
+    public.keep_mask(scores, keep)
+
+
+def test_keep_mask_refuses_float64(native: Ops) -> None:
+    with pytest.raises(RuntimeError, match="on the CPU only"):
+        native.keep_mask(torch.ones(3, device="cuda").double(), torch.tensor(1, device="cuda"))
 
 
 def test_the_current_stream_is_used(ops: Ops) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.gpu import cases
@@ -75,6 +77,23 @@ def test_nan_stays_in_its_channel(emulated: Ops, layout: str, reduction: str) ->
     assert torch.equal(result[3:], clean[3:])
 
 
+@pytest.mark.parametrize("n", [0, 1, 31, 33, 700, 1025, 9000])
+def test_keep_mask_keeps_what_a_sorted_list_does(emulated: Ops, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kinds, keep in ((1, n // 2), (5, n // 3), (40, n - 1), (10**5, 0), (10**5, n // 7), (10**5, n + 1)):
+        scores = cases.make_scores(n, kinds, seed=kinds)
+        assert cases.check_keep_mask(emulated.keep_mask, scores, keep) == []
+    monkeypatch.setenv("EMULATED_ORDER", "1")
+    assert cases.check_keep_mask(emulated.keep_mask, scores[::2], n // 3) == []
+
+
+@given(
+    st.lists(st.one_of(st.sampled_from(cases.SPECIAL_SCORES), st.floats(width=32)), max_size=50), st.integers(-1, 51)
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_keep_mask_of_any_numbers(emulated: Ops, scores: list[float], keep: int) -> None:
+    assert cases.check_keep_mask(emulated.keep_mask, torch.tensor(scores, dtype=torch.float32), keep) == []
+
+
 BAD: dict[str, tuple[Callable[[Ops], object], str]] = {
     "shapes": (lambda ops: ops.channel_sums(torch.ones(2, 3, 4), torch.ones(2, 3, 5)), "differ in dimension 2"),
     "types": (lambda ops: ops.channel_sums(torch.ones(2, 3), torch.ones(2, 3).half()), "two tensors of one of"),
@@ -92,6 +111,9 @@ BAD: dict[str, tuple[Callable[[Ops], object], str]] = {
         "weight's type",
     ),
     "dims": (lambda ops: ops.weight_importance([torch.ones(2)], [torch.ones(2)], [1], "sum"), "no dimension 1"),
+    "scores": (lambda ops: ops.keep_mask(torch.ones(2, 2), torch.tensor(1)), r"scores must be \[n\]"),
+    "float64 scores": (lambda ops: ops.keep_mask(torch.ones(2).double(), torch.tensor(1)), "on the CPU only"),
+    "keep": (lambda ops: ops.keep_mask(torch.ones(2), torch.ones(1).long()), "keep must be 0-d"),
     "lengths": (lambda ops: ops.weight_importance([torch.ones(2)], [torch.ones(2)], [], "sum"), "differ in length"),
 }
 

@@ -13,7 +13,7 @@ import pytest
 from tests.gpu import emulator, sass
 
 # Kernels with 16-byte loads: columns (at one stride, at several), rows, packed rows of four types; six pairs of types.
-WIDE_KERNELS = {"accumulate_channel_sums": 0, "channel_importance": 16, "channel_sums": 16, "weight_importance": 6}
+WIDE_KERNELS = {"channel_importance": 16, "channel_sums": 16, "weight_importance": 6}
 SOURCES = sorted((emulator.ROOT / "csrc" / "cuda").glob("*.cu"))
 WIDE = re.compile(r"(column_sums|row_sums|packed_sums)_kernelI\w+?Li[248]E|\d(weights)_kernelI")
 
@@ -42,10 +42,11 @@ def test_compiles_without_spills(source: Path, tmp_path: Path) -> None:
     assert [name for name, *numbers in report if any(map(int, numbers))] == []
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
     assert len(registers) == len(report)
-    assert max(registers) <= 128  # two blocks of 256 threads on a multiprocessor at the least
+    # Two blocks of 256 threads on a multiprocessor at the least, or the one of 1,024 that keep_mask is.
+    assert max(registers) <= (64 if source.stem == "keep_mask" else 128)
     if sass.cuobjdump() is not None:
         kernels = sass.kernels_of(cubin)
         assert len(kernels) == len(report)
         wide = [kernel for kernel in kernels if WIDE.search(kernel.name)]
-        assert len(wide) == WIDE_KERNELS[source.stem]
+        assert len(wide) == WIDE_KERNELS.get(source.stem, 0)
         assert [kernel.name for kernel in wide if kernel.count("LDG.E.128") < 2] == []

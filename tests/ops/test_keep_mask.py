@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import taylor_cuda as tc
-from tests.gpu.cases import check_keep_mask, expected_mask
+from tests.gpu.cases import SPECIAL_SCORES, check_keep_mask, expected_mask, make_scores
 from tests.ops.checks import BACKENDS, each_backend, ops_of
 
 INF, NAN = math.inf, math.nan
@@ -51,8 +51,7 @@ def test_by_hand(
     assert not (least == 0 and threshold.signbit().item())
 
 
-SPECIAL = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38]
-NUMBERS = st.one_of(st.sampled_from(SPECIAL), st.integers(-3, 3).map(float), st.floats(width=32))
+NUMBERS = st.one_of(st.sampled_from(SPECIAL_SCORES), st.integers(-3, 3).map(float), st.floats(width=32))
 
 
 @each_backend
@@ -63,18 +62,10 @@ def test_a_sorted_list_keeps_the_same(backend: str, scores: list[float], keep: i
     assert check_keep_mask(ops_of(backend).keep_mask, torch.tensor(scores, dtype=dtype), keep) == []
 
 
-def many(n: int, kinds: int, seed: int) -> Tensor:
-    """Scores with many ties; some are special."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(kinds, generator=generator)
-    values[: min(kinds, len(SPECIAL))] = torch.tensor(SPECIAL)[: min(kinds, len(SPECIAL))]
-    return values[torch.randint(kinds, (n,), generator=generator)]
-
-
 @each_backend
 @pytest.mark.parametrize(("n", "kinds"), [(1, 1), (1000, 3), (1025, 40), (4096, 5000), (65_536, 9)])
 def test_long_lists_keep_the_same(backend: str, n: int, kinds: int) -> None:
-    scores = many(n, kinds, seed=n)
+    scores = make_scores(n, kinds, seed=n)
     for keep in (0, n // 3, n - 1) if n > 5000 else (0, 1, n // 3, n // 2, n - 1, n, n + 1):
         assert check_keep_mask(ops_of(backend).keep_mask, scores, keep) == []
 
@@ -88,7 +79,7 @@ def test_any_stride(backend: str) -> None:
 
 
 def test_backends_are_bit_equal() -> None:
-    for scores in (many(3000, 400, seed=3), torch.rand(3000)):
+    for scores in (make_scores(3000, 400, seed=3), torch.rand(3000)):
         results = [ops_of(name).keep_mask(scores, torch.tensor(1234)) for name in BACKENDS]
         for mask, threshold in results:
             assert torch.equal(mask, results[0][0])

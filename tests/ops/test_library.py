@@ -22,7 +22,7 @@ from tests.ops.checks import BACKENDS
 PAIR = (torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5))
 LISTS = ([torch.randn(3, 4, 2, 2), torch.randn(5)], [torch.randn(3, 4, 2, 2), torch.randn(5)], [1, 0])
 SAMPLES: dict[str, list[tuple[object, ...]]] = {
-    "channel_importance": [(*PAIR, reduction) for reduction in reference.CHANNEL_REDUCTIONS],
+    "channel_importance": [(*PAIR, reduction) for reduction in (*reference.CHANNEL_REDUCTIONS, "all")],
     "channel_sums": [
         PAIR,
         tuple(tensor.to(memory_format=torch.channels_last) for tensor in PAIR),

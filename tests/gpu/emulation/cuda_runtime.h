@@ -53,6 +53,14 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 inline double __hiloint2double(uint32_t high, uint32_t low) {
   const uint64_t bits = static_cast<uint64_t>(high) << 32 | low;
   double value;
@@ -189,14 +197,49 @@ inline void launch(unsigned grid, unsigned threads, const std::function<void()>&
 
 inline void __syncthreads() { emulate::wait(emulate::State::kAtBlockBarrier); }
 
+// Hands the value of lane `source` of the warp to this one.
 template <typename T>
-inline T __shfl_down_sync(unsigned, T value, int distance) {
+inline T read_lane(T value, unsigned source) {
   emulate::Block& b = emulate::block();
-  const unsigned thread = threadIdx.x, source = thread % 32 + distance < 32 ? thread + distance : thread;
+  const unsigned thread = threadIdx.x, first = thread - thread % emulate::kWarpSize;
   std::memcpy(b.slots[thread], &value, sizeof(T));
   emulate::wait(emulate::State::kAtWarpBarrier);
   T result;
-  std::memcpy(&result, b.slots[source], sizeof(T));
+  std::memcpy(&result, b.slots[first + source], sizeof(T));
   emulate::wait(emulate::State::kAtWarpBarrier);
   return result;
+}
+
+template <typename T>
+inline T __shfl_sync(unsigned, T value, int lane) {
+  return read_lane(value, lane % 32);
+}
+
+template <typename T>
+inline T __shfl_down_sync(unsigned, T value, int distance) {
+  const unsigned lane = threadIdx.x % 32;
+  return read_lane(value, lane + distance < 32 ? lane + distance : lane);
+}
+
+template <typename T>
+inline T __shfl_up_sync(unsigned, T value, int distance) {
+  const int lane = threadIdx.x % 32;
+  return read_lane(value, lane >= distance ? lane - distance : lane);
+}
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  emulate::Block& b = emulate::block();
+  const unsigned thread = threadIdx.x, first = thread - thread % emulate::kWarpSize;
+  b.slots[thread][0] = vote;
+  emulate::wait(emulate::State::kAtWarpBarrier);
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < emulate::kWarpSize; ++lane) votes |= unsigned(b.slots[first + lane][0]) << lane;
+  emulate::wait(emulate::State::kAtWarpBarrier);
+  return votes;
+}
+
+inline uint32_t atomicAdd(uint32_t* place, uint32_t value) {
+  const uint32_t before = *place;
+  *place += value;
+  return before;
 }
