@@ -14,7 +14,7 @@ import torch
 from taylor_cuda.bench.check import judge, needed
 from taylor_cuda.bench.dispatch import recommendation
 from taylor_cuda.bench.environment import environment
-from taylor_cuda.bench.measure import Ceilings, measure_ceilings, run_race
+from taylor_cuda.bench.measure import Ceilings, Raced, measure_ceilings, run_race
 from taylor_cuda.bench.plot import write_roofline
 from taylor_cuda.bench.promises import promises
 from taylor_cuda.bench.race import Entry, Options, WrongResultError
@@ -97,7 +97,7 @@ def measure(chosen: list[Entry], options: Options, results: Path | None, deadlin
         deadline: on the clock of ``time.monotonic``; no race is begun that would probably end later.
 
     Returns:
-        The rows, and whether a result of ours was wrong.
+        The rows, and whether anything of ours was wrong or raised.
     """
     record = environment(options.device)
     ceilings = measure_ceilings(options)
@@ -122,28 +122,36 @@ def measure(chosen: list[Entry], options: Options, results: Path | None, deadlin
         except MissingPeerError as error:
             print(f"{entry.key}: left out, {error}")
             continue
+        except Exception as error:
+            # One race that fails must not cost the rows of all that come after it.
+            print(f"{entry.key}: FAILED, {type(error).__name__}: {error}", file=sys.stderr)
+            wrong = True
+            continue
+        wrong |= bool(measured.broken)
         if results is not None:
-            append_rows(measured, results)
-        rows += measured
+            append_rows(measured.rows, results)
+        rows += measured.rows
         print(f"    ({time.monotonic() - begin:.1f} s)")
     return rows, wrong
 
 
-def _race(entry: Entry, options: Options, ceilings: Ceilings, record: dict[str, Any]) -> list[Row]:
+def _race(entry: Entry, options: Options, ceilings: Ceilings, record: dict[str, Any]) -> Raced:
     print(entry.key, flush=True)
     race = entry.build(entry.key)
-    rows, left_out = run_race(race, options, ceilings, record)
-    for row in rows:
+    raced = run_race(race, options, ceilings, record)
+    for row in raced.rows:
         rate = f"{row['gb_per_s']:8.1f} GB/s" if row["gb_per_s"] else " " * 13
         ratios = "  ".join(f"{ratio:.2f}x {peer}" for peer, ratio in row["ratios"].items())
         print(f"    {row['provider']:24}{row['timer']:6}{row['median_us']:14.1f} us {rate}  {ratios}")
-    for reason in left_out:
+    for reason in raced.left_out:
         print(f"    without {reason}")
+    for reason in raced.broken:
+        print(f"    BROKEN {reason}", file=sys.stderr)
     del race
     gc.collect()
     if options.cuda:
         torch.cuda.empty_cache()
-    return rows
+    return raced
 
 
 def _draw(asked: argparse.Namespace, rows: list[Row]) -> None:

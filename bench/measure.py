@@ -65,29 +65,46 @@ class Timing:
         return percentile(self.samples, 0.5)
 
 
-def run_race(race: Race, options: Options, ceilings: Ceilings, record: dict[str, Any]) -> tuple[list[Row], list[str]]:
+@dataclass(frozen=True)
+class Raced:
+    """What came out of a race.
+
+    Attributes:
+        rows: of those who were right.
+        left_out: a sentence for each peer that took no part.
+        broken: a sentence for each of ours that was wrong, raised, or can't be timed in a way that it should.
+    """
+
+    rows: list[Row]
+    left_out: list[str]
+    broken: list[str]
+
+
+def run_race(race: Race, options: Options, ceilings: Ceilings, record: dict[str, Any]) -> Raced:
     """Check everybody, time those who were right.
 
-    Returns:
-        The rows, and a sentence for each peer that took no part.
+    A kernel of ours that fails costs the other one of the same op no row, but the run is no good one.
 
     Raises:
-        WrongResultError: one of ours was wrong; nothing is timed then.
+        WrongResultError: all of ours were wrong; nothing is timed then. Or what the first of them raised.
     """
     left_out = [f"{name}: {reason}" for name, reason in race.skipped]
-    checked = []
+    broken: list[str] = []
+    checked, errors = [], []
     for provider in race.providers:
         try:
             checked.append(check(race, provider, options))
         except Exception as error:
-            # A peer may fail in any way it likes; ours may not.
             if provider.ours:
-                raise
-            left_out.append(f"{provider.name}: {_short(error)}")
+                errors.append(error)
+            (broken if provider.ours else left_out).append(f"{provider.name}: {_short(error)}")
+    if errors and not any(one.provider.ours for one in checked):
+        raise errors[0]
     rows: list[Row] = []
     for timer in race.timers if options.cuda else ("wall",):
         timings, failed = time_all(race, checked, timer, options)
-        left_out += failed
+        for one, sentence in failed:
+            (broken if one.provider.ours else left_out).append(sentence)
         rows += [make_row(race, timing, timings, options, ceilings, record) for timing in timings]
     for provider in (one.provider for one in checked):
         if provider.split is not None:
@@ -96,7 +113,7 @@ def run_race(race: Race, options: Options, ceilings: Ceilings, record: dict[str,
             for row in rows:
                 if row["provider"] == provider.name:
                     row["split"] = split
-    return rows, left_out
+    return Raced(rows, left_out, broken)
 
 
 def check(race: Race, provider: Provider, options: Options) -> Checked:
@@ -126,7 +143,9 @@ def check(race: Race, provider: Provider, options: Options) -> Checked:
     return Checked(provider, worst, seconds, torch.cuda.max_memory_allocated() - before, held)
 
 
-def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Options) -> tuple[list[Timing], list[str]]:
+def time_all(
+    race: Race, checked: Sequence[Checked], timer: str, options: Options
+) -> tuple[list[Timing], list[tuple[Checked, str]]]:
     """Sample everybody in turns.
 
     Args:
@@ -137,7 +156,7 @@ def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Option
         options: gives the time there is.
 
     Returns:
-        A timing for each, and a sentence for each that can't be timed in this way.
+        A timing for each, and whoever can't be timed in this way, with a sentence about it.
     """
     samplers: list[tuple[Checked, Callable[[], float]]] = []
     failed = []
@@ -145,7 +164,7 @@ def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Option
         try:
             samplers.append((one, _sampler(race, one, timer, options)))
         except Exception as error:
-            failed.append(f"{one.provider.name} ({timer}): {_short(error)}")
+            failed.append((one, f"{one.provider.name} ({timer}): {_short(error)}"))
     samples = [[one.seconds * 1e6] if one.seconds >= LONG_S else [] for one, _ in samplers]
     counts = [_rounds(race, one, len(samplers), options) for one, _ in samplers]
     most = max(counts, default=0)

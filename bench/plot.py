@@ -11,16 +11,24 @@ from taylor_cuda.errors import InputError
 
 INK, FAINT = "#333333", "#c9ced6"
 
-# Colour and mark of a provider; anybody else gets the last. Ours are filled.
+# Colour and mark of a provider; ours are filled.
 STYLES = {
     "ours:native": ("#1f5fa8", "o"),
     "ours:cuda": ("#1f5fa8", "o"),
     "ours:triton": ("#d9601a", "s"),
-    "torch": ("#7a7f87", "x"),
-    "torch.compile": ("#2b8a4b", "+"),
+    "ours:activations": ("#1f5fa8", "D"),
+    "torch": ("#6b7078", "x"),
+    "torch.compile": ("#2b8a4b", "P"),
+    "torch.foreach": ("#6b7078", "1"),
     "torch.dot": ("#111111", "|"),
+    "nvlabs-style": ("#9b59b6", "^"),
+    "hooks": ("#c0392b", "v"),
+    "hook.float32": ("#c0392b", "<"),
+    "threshold_backward": ("#6b7078", "+"),
+    "threshold_backward+sums": ("#c0392b", "+"),
+    "four calls": ("#8c6d31", "*"),
 }
-OTHER = ("#b48ead", "1")
+OTHER = ("#a0a4ab", ".")
 
 
 def write_roofline(rows: Sequence[Row], path: Path) -> None:
@@ -46,13 +54,13 @@ def write_roofline(rows: Sequence[Row], path: Path) -> None:
         raise InputError("plot: no row moves a known number of bytes, so there is no rate to draw")
     kinds = list(dict.fromkeys(_kind(row) for row in shown))
     # Without pyplot, so no display is looked for and no global state is left behind.
-    figure = Figure(figsize=(15, max(6.0, 1.9 + 0.3 * len(kinds))), layout="constrained", dpi=110)
+    figure = Figure(figsize=(12, max(4.6, 2.2 + 0.32 * len(kinds))), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.7))
     _roof(left, shown)
     _shares(right, shown, kinds)
     handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False, fontsize=9)
     newest = max(shown, key=lambda row: str(row["time"]))
     figure.suptitle(
         f"{newest['device_name']}, torch {newest['torch']}, {newest['time'][:10]}: a copy moves "
@@ -95,9 +103,8 @@ def _roof(axes: Any, rows: Sequence[Row]) -> None:
     copy, product = newest["ceiling_gb_per_s"], newest["ceiling_tflops"] * 1e3
     ridge = product / copy
     axes.plot([0.05, ridge, 4 * ridge], [0.05 * copy, product, product], color=INK, linewidth=1.5)
-    axes.annotate(f"{product:,.0f} GFLOP/s, matrix product", (ridge, product), (-4, 5), ha="right", **_TEXT)
-    at = 0.07
-    axes.annotate(f"{copy:,.0f} GB/s, copy", (at, at * copy), (-2, 6), rotation=0, ha="left", **_TEXT)
+    axes.annotate(f"matrix product\n{product:,.0f} GFLOP/s", (ridge, product), (-6, -4), ha="right", **_TEXT)
+    axes.annotate(f"copy\n{copy:,.0f} GB/s", (ridge**0.5, ridge**0.5 * copy), (8, -14), ha="left", **_TEXT)
     for row in rows:
         if row["flops"]:
             intensity = row["flops"] / row["bytes"]
@@ -107,7 +114,7 @@ def _roof(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte that has to be moved")
     axes.set_ylabel("GFLOP/s")
-    axes.set_title("Roofline: bound by memory, far from arithmetic", fontsize=10, loc="left", color=INK)
+    axes.set_title("Roofline: memory is the bound", fontsize=10, loc="left", color=INK)
     axes.grid(True, which="major", color=FAINT, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -126,11 +133,11 @@ def _shares(axes: Any, rows: Sequence[Row], kinds: Sequence[str]) -> None:
         ours = provider.startswith("ours")
         axes.plot(
             share,
-            kinds.index(_kind(row)) + (-0.12 if ours else 0.12),
+            kinds.index(_kind(row)) + (0.2 if not ours else -0.04 if provider == "ours:triton" else -0.22),
             mark,
             color=colour,
-            markersize=6,
-            alpha=0.8,
+            markersize=7,
+            alpha=0.85,
             zorder=3 if ours else 2,
             label=name if name not in named else None,
         )
@@ -138,12 +145,12 @@ def _shares(axes: Any, rows: Sequence[Row], kinds: Sequence[str]) -> None:
     for number in range(len(kinds)):
         axes.axhline(number, color=FAINT, linewidth=0.5, zorder=0)
     axes.axvline(1.0, color=INK, linewidth=1.5, zorder=1)
-    axes.annotate("copy", (1.0, -0.6), (3, 0), va="top", **_TEXT)
+    axes.annotate("copy", (1.0, len(kinds) - 0.45), (4, 2), **_TEXT)
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
-    axes.set_ylim(len(kinds) - 0.4, -0.9)
+    axes.set_ylim(len(kinds) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda value, _place: f"{value:.0%}")
-    axes.set_xlabel("rate, as a share of the copy rate of its run; a mark for each shape")
-    axes.set_title("Least bytes there are to move, over the time taken", fontsize=10, loc="left", color=INK)
+    axes.set_xlabel("share of the copy rate of the same run; a mark for each shape")
+    axes.set_title("Rate: the least bytes there are to move, over the time taken", fontsize=10, loc="left", color=INK)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

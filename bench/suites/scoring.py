@@ -44,6 +44,9 @@ class Exact:
         if op == "channel_sums":
             return self.sums, allowed
         reduction = op.partition(":")[2] or "batch"
+        if reduction == "all":
+            each = [self.of(f"channel_importance:{name}", dtype) for name in REDUCTIONS]
+            return torch.stack([one[0] for one in each]), torch.stack([one[1] for one in each])
         if reduction == "batch":
             total = self.sums.sum(0)
             return total.square(), of_square(total, allowed.sum(0))
@@ -74,6 +77,9 @@ def torch_line(op: str) -> Callable[[Tensor, Tensor], Tensor]:
     if op == "channel_sums":
         return sums
     reduction = op.partition(":")[2] or "batch"
+    if reduction == "all":
+        lines = [torch_line(f"channel_importance:{name}") for name in REDUCTIONS]
+        return lambda a, g: torch.stack([line(a, g) for line in lines])
     if reduction == "batch":
         return lambda a, g: sums(a, g).sum(0).square()
     if reduction == "sample":
@@ -102,8 +108,14 @@ def gate_and_hook(a: Tensor, g: Tensor) -> Tensor:
     return torch_line("channel_importance:sample")(gated.detach(), g)
 
 
+def four_calls(a: Tensor, g: Tensor) -> Tensor:
+    """All reductions by this package without the one that gives all: a pass for each."""
+    return torch.stack([ops.channel_importance(a, g, name) for name in REDUCTIONS])
+
+
 PEERS: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
-    "channel_importance:sample": {"hook.float32": hook_in_float32, "nvlabs-style": gate_and_hook}
+    "channel_importance:sample": {"hook.float32": hook_in_float32, "nvlabs-style": gate_and_hook},
+    "channel_importance:all": {"four calls": four_calls},
 }
 """Further peers of a reduction; ``torch`` is there the hook that multiplies what it gets as it is."""
 
@@ -143,7 +155,7 @@ def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool
         else:
             providers.append(Provider("torch.compile", lambda pair: fast(*pair), check(key.dtype)))
     if op in PEERS:
-        dtypes = {"hook.float32": "float32"}
+        dtypes = {"hook.float32": "float32", "four calls": "float32"}
         providers += [
             Provider(name, partial(_apply, run), check(dtypes.get(name, key.dtype))) for name, run in PEERS[op].items()
         ]
@@ -210,7 +222,7 @@ def _on_a_cpu(races: Entries) -> None:
         races.add(shape, torch.bfloat16, layout, 15)
         for dtype in (torch.float32, torch.bfloat16):
             races.add(shape, dtype, layout, 16, op="channel_sums")
-    for reduction in REDUCTIONS[1:]:
+    for reduction in (*REDUCTIONS[1:], "all"):
         races.add(shape, torch.float32, "nchw", 35, op=f"channel_importance:{reduction}", rounds=20)
     for width in VIT_B:
         races.add((batch, width, 197), torch.float32, "tokens", 30, rounds=15)
@@ -236,7 +248,7 @@ def _on_a_gpu(races: Entries) -> None:
         races.add((batch, *gate), half, "channels_last", 19, op="channel_sums", rounds=30)
         races.add((batch, *gate), half, "nchw", 47, op="channel_sums", rounds=30)
     races.add(WIDE, half, "rows", 20, rounds=30)
-    for reduction in REDUCTIONS[2:]:
+    for reduction in (*REDUCTIONS[2:], "all"):
         races.add((batch, *BY_SIZE[1]), half, "channels_last", 46, op=f"channel_importance:{reduction}", rounds=20)
     for layout in ("channels_last", "nchw"):
         for gate in gate_shapes(batch):
@@ -254,7 +266,7 @@ def _quick(races: Entries) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             races.add((4, 32, 14, 14), dtype, layout, 5)
         races.add((4, 32, 14, 14), torch.float32, layout, 5, op="channel_sums")
-    for reduction in REDUCTIONS[1:]:
+    for reduction in (*REDUCTIONS[1:], "all"):
         races.add((4, 32, 7, 7), torch.float32, "nchw", 5, op=f"channel_importance:{reduction}")
     races.add((4, 48, 17), torch.float32, "tokens", 5)
     races.add((8, 64), torch.float32, "rows", 5)

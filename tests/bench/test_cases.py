@@ -120,7 +120,7 @@ def test_parameter_sets_are_views_of_the_flat_buffers(side, layout):
 
 
 @pytest.mark.parametrize(
-    "op", ["channel_sums", *(f"channel_importance:{name}" for name in reference.CHANNEL_REDUCTIONS)]
+    "op", ["channel_sums", *(f"channel_importance:{name}" for name in (*reference.CHANNEL_REDUCTIONS, "all"))]
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
 def test_the_peers_line_is_the_definition(op, case):

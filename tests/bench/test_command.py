@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from taylor_cuda.bench.environment import ROOT
 from taylor_cuda.bench.race import Options
 from taylor_cuda.bench.report import markdown, text
 from taylor_cuda.bench.rows import append_rows, read_rows
+from taylor_cuda.bench.suites import entries
 from taylor_cuda.cli.main import main as command_line
 from tests.bench.test_rows import make_row
 
@@ -59,6 +62,19 @@ def test_a_missed_promise_is_reported_and_fails_no_run_on_a_gpu(monkeypatch, cap
 def test_a_wrong_result_fails_the_run(monkeypatch, capsys):
     monkeypatch.setattr(command, "measure", lambda *_: ([], True))
     assert run(capsys, "--quick")[0] == 1
+
+
+def test_a_race_that_raises_fails_the_run_and_costs_no_other_row(monkeypatch, capsys):
+    (good,) = (entry for entry in entries(Options(quick=True)) if entry.key.suite == "rank")
+
+    def broken(_key):
+        raise RuntimeError("illegal memory access")
+
+    bad = dataclasses.replace(good, key=dataclasses.replace(good.key, case="bad"), build=broken)
+    rows, wrong = command.measure([bad, good], Options(quick=True, seconds=0.001), None, math.inf)
+    assert wrong
+    assert {row["case"] for row in rows} == {"tiny"}
+    assert "rank/keep_mask/bad/float32/scores: FAILED, RuntimeError: illegal memory access" in capsys.readouterr().err
 
 
 def test_nothing_begins_that_the_time_limit_would_cut(capsys):

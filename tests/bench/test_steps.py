@@ -58,10 +58,10 @@ def test_compiled_steps_share_a_network_where_scores_leave_it_alone(monkeypatch)
 
 def test_the_split_is_in_the_rows_and_its_classes_have_what_they_should():
     race = race_of("split")
-    rows, left_out = run_race(race, QUICK, Ceilings(10.0, 0.5), environment("cpu"))
-    assert left_out == []
-    by_provider = {row["provider"]: row for row in rows}
-    for row in rows:
+    raced = run_race(race, QUICK, Ceilings(10.0, 0.5), environment("cpu"))
+    assert raced.left_out == raced.broken == []
+    by_provider = {row["provider"]: row for row in raced.rows}
+    for row in raced.rows:
         check_row(row)
         assert tuple(row["split"]) == CLASSES
         assert all(row["split"][name] > 0 for name in ("conv", "batch_norm", "relu", "add", "optimizer", "other"))
