@@ -6,4 +6,5 @@ MODULE_OF_OP: dict[str, str] = {
     "accumulate_channel_sums": "taylor_cuda.kernels.accumulate_channel_sums",
     "channel_importance": "taylor_cuda.kernels.channel_importance",
     "channel_sums": "taylor_cuda.kernels.channel_sums",
+    "score_relu_backward": "taylor_cuda.kernels.score_relu_backward",
 }

@@ -50,6 +50,17 @@ TAYLOR_INLINE void step_one(const T* output, const T* gradient, const T* skip, T
   if constexpr (skips) skip_sum += product(*skip, *gx);
 }
 
+// The sum of one row while it is read.
+struct LaneSums {
+  Double8 s0{}, s1{}, s2{}, s3{};
+  double tail = 0;
+};
+
+TAYLOR_INLINE double sum_of(const LaneSums& sums) {
+  const Double8 s = (sums.s0 + sums.s1) + (sums.s2 + sums.s3);
+  return (((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]))) + sums.tail;
+}
+
 template <bool skips, typename T>
 TAYLOR_TARGET void relu_rows(const ReluWork& work, const ReluPiece& piece, double* sums, double* skip_sums) {
   const int64_t channels = work.channel.size, length = work.position.size;
@@ -60,18 +71,18 @@ TAYLOR_TARGET void relu_rows(const ReluWork& work, const ReluPiece& piece, doubl
     const T* g = static_cast<const T*>(work.gradient) + n * work.sample.stride_g + c * work.channel.stride_g;
     const T* s = skips ? static_cast<const T*>(work.skip) + at : o;
     T* gx = static_cast<T*>(work.gx) + at;
-    RowSums<Term::kProduct> sum, skip;
+    LaneSums sum, skip;
     int64_t i = 0;
     for (; i + 32 <= length; i += 32) {
-      step<skips>(o + i, g + i, s + i, gx + i, sum.s0[0], skip.s0[0]);
-      step<skips>(o + i + 8, g + i + 8, s + i + 8, gx + i + 8, sum.s1[0], skip.s1[0]);
-      step<skips>(o + i + 16, g + i + 16, s + i + 16, gx + i + 16, sum.s2[0], skip.s2[0]);
-      step<skips>(o + i + 24, g + i + 24, s + i + 24, gx + i + 24, sum.s3[0], skip.s3[0]);
+      step<skips>(o + i, g + i, s + i, gx + i, sum.s0, skip.s0);
+      step<skips>(o + i + 8, g + i + 8, s + i + 8, gx + i + 8, sum.s1, skip.s1);
+      step<skips>(o + i + 16, g + i + 16, s + i + 16, gx + i + 16, sum.s2, skip.s2);
+      step<skips>(o + i + 24, g + i + 24, s + i + 24, gx + i + 24, sum.s3, skip.s3);
     }
-    for (; i + 8 <= length; i += 8) step<skips>(o + i, g + i, s + i, gx + i, sum.s0[0], skip.s0[0]);
-    for (; i < length; ++i) step_one<skips>(o + i, g + i, s + i, gx + i, sum.tail[0], skip.tail[0]);
-    sums[r] = total<Term::kProduct>(sum, 0);
-    if (skips) skip_sums[r] = total<Term::kProduct>(skip, 0);
+    for (; i + 8 <= length; i += 8) step<skips>(o + i, g + i, s + i, gx + i, sum.s0, skip.s0);
+    for (; i < length; ++i) step_one<skips>(o + i, g + i, s + i, gx + i, sum.tail, skip.tail);
+    sums[r] = sum_of(sum);
+    if (skips) skip_sums[r] = sum_of(skip);
     if (++c == channels) {
       c = 0;
       ++n;

@@ -72,6 +72,31 @@ __device__ __forceinline__ void relu_element(const ReluPointers<T>& x, int64_t a
   if constexpr (kSkip) skip_sum = fma(static_cast<Acc>(x.skip[at]), static_cast<Acc>(gx), skip_sum);
 }
 
+// As many packs as are in flight together: all loads come first, for the compiler moves none past a store. Sums are one
+// for each place of a pack, or a single one.
+template <bool kSkip, int kVector, int kSums, typename T>
+__device__ __forceinline__ void relu_packs(const ReluPointers<T>& x, const Offsets (&at)[kUnroll],
+                                           const bool (&inside)[kUnroll], Accumulator<T> (&sum)[kSums],
+                                           Accumulator<T> (&skip_sum)[kSums]) {
+  Pack<T, kVector> output[kUnroll], gradient[kUnroll], skip[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    output[u].load_if(x.output + at[u].a, inside[u]);
+    gradient[u].load_if(x.gradient + at[u].g, inside[u]);
+    if constexpr (kSkip) skip[u].load_if(x.skip + at[u].a, inside[u]);
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const Pack<T, kVector> gx = masked(output[u], gradient[u]);
+    if (inside[u]) store(x.gx + at[u].a, gx);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      sum[v % kSums] = fma(output[u].get(v), gradient[u].get(v), sum[v % kSums]);
+      if constexpr (kSkip) skip_sum[v % kSums] = fma(skip[u].get(v), gx.get(v), skip_sum[v % kSums]);
+    }
+  }
+}
+
 template <typename T, int kVector, bool kLinear, bool kSkip>
 __global__ void __launch_bounds__(kThreads, kSkip ? 2 : 3)
     column_relu_kernel(const ReluPointers<T> x, const __grid_constant__ ChannelPlan p,
@@ -85,27 +110,15 @@ __global__ void __launch_bounds__(kThreads, kSkip ? 2 : 3)
     int64_t a = start.a + (kLinear ? t.first * p.rest[0].stride_a : 0);
     int64_t g = start.g + (kLinear ? t.first * p.rest[0].stride_g : 0);
     for (int64_t l = t.first; l < t.end; l += kUnroll * t.step) {
-      Pack<T, kVector> output[kUnroll], gradient[kUnroll], skip[kUnroll];
       Offsets at[kUnroll];
+      bool inside[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const bool inside = l + u * t.step < t.end;
         const Offsets o = kLinear ? Offsets{u * step_a, u * step_g} : element_offsets(p, l + u * t.step);
         at[u] = {a + o.a, g + o.g};
-        output[u].load_if(x.output + at[u].a, inside);
-        gradient[u].load_if(x.gradient + at[u].g, inside);
-        if constexpr (kSkip) skip[u].load_if(x.skip + at[u].a, inside);
+        inside[u] = l + u * t.step < t.end;
       }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const Pack<T, kVector> gx = masked(output[u], gradient[u]);
-        if (l + u * t.step < t.end) store(x.gx + at[u].a, gx);
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          sum[v] = fma(output[u].get(v), gradient[u].get(v), sum[v]);
-          if constexpr (kSkip) skip_sum[v] = fma(skip[u].get(v), gx.get(v), skip_sum[v]);
-        }
-      }
+      relu_packs<kSkip, kVector>(x, at, inside, sum, skip_sum);
       if (kLinear) {
         a += kUnroll * step_a;
         g += kUnroll * step_g;
@@ -128,34 +141,24 @@ __global__ void __launch_bounds__(kThreads, kSkip ? 2 : 3)
 // The part of a row that one lane has with wide loads and stores: single elements up to the first 16-byte border and
 // after the last one. The pointers are those of the row.
 template <bool kSkip, int kVector, typename T>
-__device__ __forceinline__ void relu_run(const ReluPointers<T>& x, int64_t length, Accumulator<T>& sum,
-                                         Accumulator<T>& skip_sum) {
+__device__ __forceinline__ void relu_run(const ReluPointers<T>& x, int64_t length, Accumulator<T> (&sum)[1],
+                                         Accumulator<T> (&skip_sum)[1]) {
   const int lane = threadIdx.x % kWarp;
   const int64_t to_border = (16 - reinterpret_cast<uintptr_t>(x.output) % 16) % 16 / sizeof(T);
   const int64_t head = lesser(length, to_border), packs = (length - head) / kVector, tail = head + packs * kVector;
-  if (lane < head) relu_element<kSkip>(x, lane, lane, sum, skip_sum);
+  if (lane < head) relu_element<kSkip>(x, lane, lane, sum[0], skip_sum[0]);
   for (int64_t pack = lane; pack < packs; pack += kUnroll * kWarp) {
-    Pack<T, kVector> output[kUnroll], gradient[kUnroll], skip[kUnroll];
+    Offsets at[kUnroll];
+    bool inside[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const bool inside = pack + u * kWarp < packs;
-      const int64_t at = head + (pack + u * kWarp) * kVector;
-      output[u].load_if(x.output + at, inside);
-      gradient[u].load_if(x.gradient + at, inside);
-      if constexpr (kSkip) skip[u].load_if(x.skip + at, inside);
+      const int64_t first = head + (pack + u * kWarp) * kVector;
+      at[u] = {first, first};
+      inside[u] = pack + u * kWarp < packs;
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const Pack<T, kVector> gx = masked(output[u], gradient[u]);
-      if (pack + u * kWarp < packs) store(x.gx + head + (pack + u * kWarp) * kVector, gx);
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        sum = fma(output[u].get(v), gradient[u].get(v), sum);
-        if constexpr (kSkip) skip_sum = fma(skip[u].get(v), gx.get(v), skip_sum);
-      }
-    }
+    relu_packs<kSkip, kVector>(x, at, inside, sum, skip_sum);
   }
-  if (tail + lane < length) relu_element<kSkip>(x, tail + lane, tail + lane, sum, skip_sum);
+  if (tail + lane < length) relu_element<kSkip>(x, tail + lane, tail + lane, sum[0], skip_sum[0]);
 }
 
 // A warp for each (n, s, c).
@@ -167,23 +170,29 @@ __global__ void __launch_bounds__(kThreads, kSkip ? 2 : 3)
   const ChannelTask t = row_task(p, blockIdx.x, threadIdx.x);
   if (!t.active) return;  // a whole warp
   const Offsets start = row_start(p, t.n, t.c);
-  Acc sum = 0, skip_sum = 0;
+  Acc sum[1] = {}, skip_sum[1] = {};
   if constexpr (kVector > 1) {
     const int64_t at = start.a + t.first;
     const ReluPointers<T> row{x.output + at, x.gradient + start.g + t.first, kSkip ? x.skip + at : nullptr, x.gx + at};
     relu_run<kSkip, kVector>(row, t.end - t.first, sum, skip_sum);
   } else {
-#pragma unroll 4
-    for (int64_t l = t.first + threadIdx.x % kWarp; l < t.end; l += t.step) {
-      const Offsets o = element_offsets(p, l);
-      relu_element<kSkip>(x, start.a + o.a, start.g + o.g, sum, skip_sum);
+    for (int64_t l = t.first + threadIdx.x % kWarp; l < t.end; l += kUnroll * t.step) {
+      Offsets at[kUnroll];
+      bool inside[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const Offsets o = element_offsets(p, l + u * t.step);
+        at[u] = {start.a + o.a, start.g + o.g};
+        inside[u] = l + u * t.step < t.end;
+      }
+      relu_packs<kSkip, 1>(x, at, inside, sum, skip_sum);
     }
   }
-  sum = sum_lanes(sum, kWarp);
-  if constexpr (kSkip) skip_sum = sum_lanes(skip_sum, kWarp);
+  sum[0] = sum_lanes(sum[0], kWarp);
+  if constexpr (kSkip) skip_sum[0] = sum_lanes(skip_sum[0], kWarp);
   if (threadIdx.x % kWarp == 0) {
-    sinks.sums.store(t.n, t.s, t.c, sum);
-    if constexpr (kSkip) sinks.skip_sums.store(t.n, t.s, t.c, skip_sum);
+    sinks.sums.store(t.n, t.s, t.c, sum[0]);
+    if constexpr (kSkip) sinks.skip_sums.store(t.n, t.s, t.c, skip_sum[0]);
   }
 }
 

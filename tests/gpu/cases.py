@@ -269,36 +269,42 @@ def make_relu(name: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu")
     return output.relu_(), gradient, skip
 
 
+RELU_FORMS = ((True, False), (False, True), (True, True), (False, False))  # sums of samples apart; with a skip
+
+
 def check_score_relu_backward(
-    ops: Ops, output: Tensor, gradient: Tensor, skip: Tensor, twice: bool = True
+    ops: Ops,
+    output: Tensor,
+    gradient: Tensor,
+    skip: Tensor,
+    forms: Sequence[tuple[bool, bool]] = RELU_FORMS,
+    twice: bool = True,
 ) -> list[str]:
     """What is wrong with score_relu_backward: gx bit by bit against PyTorch, sums against float64, between two runs."""
     expected = torch.ops.aten.threshold_backward(gradient, output, 0)
     eps, found = tolerance(output.dtype), []
-    wide = torch.float64 if output.dtype == torch.float64 else torch.float32
-    for per_sample in (True, False):
-        wanted, before = [], []
-        for terms in (terms_of(output, gradient), terms_of(skip, expected)):
-            spread, total = eps * terms.abs().sum(2), terms.sum(2)
-            total, spread = (total, spread) if per_sample else (total.sum(0), spread.sum(0))
-            start = torch.linspace(-1, 1, max(total.numel(), 1), dtype=wide)[: total.numel()].view(total.shape)
-            before.append(start.to(output.device))
-            wanted.append((start.double() + total, spread + eps * start.double().abs()))
-        for used in (1, 2):
-            runs = []
-            for _ in range(1 + twice):
-                after = [start.clone() for start in before[:used]]
-                arguments = (after[0], skip, after[1]) if used == 2 else (after[0],)
-                runs.append([ops.score_relu_backward(output, gradient, *arguments), *after])
-            name = f"{'[N, C]' if per_sample else '[C]'}{', skip' if used == 2 else ''}"
-            gx = runs[0][0]
-            if not torch.equal(gx, expected) or gx.dtype != expected.dtype:
-                found.append(f"{name}: gx is not that of PyTorch")
-            if gx.stride() != torch.empty_like(output).stride():
-                found.append(f"{name}: gx has strides {gx.stride()}, wanted those of empty_like(output)")
-            found += [difference(f"{name}, sums {i}", runs[0][i + 1], *wanted[i]) for i in range(used)]
-            if not all(map(torch.equal, runs[0], runs[-1])):
-                found.append(f"{name}: two runs differ")
+    for per_sample, with_skip in forms:
+        terms = [terms_of(output, gradient), *([terms_of(skip, expected)] if with_skip else [])]
+        dims = 2 if per_sample else (0, 2)
+        totals, spreads = [t.sum(dims) for t in terms], [eps * t.abs().sum(dims) for t in terms]
+        wide = torch.float64 if output.dtype == torch.float64 else torch.float32
+        start = torch.linspace(-1, 1, max(totals[0].numel(), 1), dtype=wide)[: totals[0].numel()].view(totals[0].shape)
+        runs = []
+        for _ in range(1 + twice):
+            sums = [start.to(output.device, copy=True) for _ in terms]
+            rest = (skip, sums[1]) if with_skip else ()
+            runs.append([ops.score_relu_backward(output, gradient, sums[0], *rest), *sums])
+        name = f"{'[N, C]' if per_sample else '[C]'}{', skip' if with_skip else ''}"
+        gx, *sums = runs[0]
+        if not torch.equal(gx, expected) or gx.dtype != expected.dtype:
+            found.append(f"{name}: gx is not that of PyTorch")
+        if gx.stride() != torch.empty_like(output).stride():
+            found.append(f"{name}: gx has strides {gx.stride()}, wanted those of empty_like(output)")
+        for i, (result, total, spread) in enumerate(zip(sums, totals, spreads, strict=True)):
+            allowed = spread + eps * start.double().abs()
+            found.append(difference(f"{name}, sums {i}", result, start.double() + total, allowed))
+        if not all(map(torch.equal, runs[0], runs[-1])):
+            found.append(f"{name}: two runs differ")
     return [problem for problem in found if problem]
 
 

@@ -91,5 +91,5 @@ def build(folder: Path) -> Path:
 
 def schemas() -> list[str]:
     """The schemas of csrc/registration.cpp."""
-    text = re.sub(r'"\n\s*"', "", (ROOT / "csrc" / "registration.cpp").read_text())  # a long one is two literals
+    text = re.sub(r'"\s*\n\s*"', "", (ROOT / "csrc" / "registration.cpp").read_text())  # literals in a row are one
     return [schema.replace('\\"', '"') for schema in re.findall(r'm\.def\(\s*"((?:[^"\\]|\\.)*)"\)', text)]

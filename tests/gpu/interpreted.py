@@ -31,11 +31,13 @@ def triton_ops() -> cases.Ops:
     from taylor_cuda.kernels.accumulate_channel_sums import accumulate_channel_sums
     from taylor_cuda.kernels.channel_importance import channel_importance
     from taylor_cuda.kernels.channel_sums import channel_sums
+    from taylor_cuda.kernels.score_relu_backward import score_relu_backward
 
     ops = SimpleNamespace(
         channel_sums=channel_sums,
         channel_importance=channel_importance,
         accumulate_channel_sums=accumulate_channel_sums,
+        score_relu_backward=score_relu_backward,
     )
     return cases.Ops(ops)
 
@@ -44,6 +46,16 @@ def run(ops: cases.Ops, layout: str, dtype: str) -> list[str]:
     """What is wrong with one case."""
     try:
         return cases.check_channel_ops(ops, *cases.make_pair(layout, cases.DTYPES[dtype]), twice=dtype == "fp32")
+    except Exception:
+        return [traceback.format_exc()]
+
+
+def run_relu(ops: cases.Ops, i: int, layout: str) -> list[str]:
+    """What is wrong with the ReLU in one layout: half of the forms, one type."""
+    dtype = list(cases.DTYPES.values())[i % 4]
+    forms = cases.RELU_FORMS[i % 2 * 2 :][:2]
+    try:
+        return cases.check_score_relu_backward(ops, *cases.make_relu(layout, dtype), forms, twice=i % 8 == 0)
     except Exception:
         return [traceback.format_exc()]
 
@@ -62,5 +74,6 @@ if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # and so memory from empty() is NaN until it is written
     interpreted = triton_ops()
     problems = {name_of(*case): run(interpreted, *case) for case in PLAN}
+    problems |= {f"{layout}, ReLU": run_relu(interpreted, i, layout) for i, layout in enumerate(cases.PAIRS)}
     problems["nan"] = nan_case(interpreted)
     Path(sys.argv[1]).write_text(json.dumps(problems))

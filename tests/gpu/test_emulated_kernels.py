@@ -129,3 +129,40 @@ def test_bad_arguments_are_refused(emulated: Ops, name: str) -> None:
 @pytest.mark.parametrize("layout", cases.PAIRS)
 def test_relu_matches_pytorch_and_float64(emulated: Ops, layout: str, dtype: str) -> None:
     assert cases.check_score_relu_backward(emulated, *cases.make_relu(layout, cases.DTYPES[dtype])) == []
+
+
+@pytest.mark.parametrize("layout", ["nchw 7x7", "nchw 24x24", "nhwc 7x7", "nhwc 40x40", "[N, C]"])
+def test_relu_is_the_same_in_another_order_of_threads(
+    emulated: Ops, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, gradient, skip = cases.make_relu(layout, torch.bfloat16)
+    runs = []
+    for order in ("0", "1"):
+        monkeypatch.setenv("EMULATED_ORDER", order)
+        sums = torch.zeros(2, *output.shape[:2])
+        runs.append([emulated.score_relu_backward(output, gradient, sums[0], skip, sums[1]), sums])
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("layout", ["nchw 7x7", "nchw 24x24", "nhwc 7x7", "nhwc 13 channels", "[N, C] odd"])
+def test_nan_stays_in_its_channel_of_the_relu(emulated: Ops, layout: str) -> None:
+    output, gradient, skip = cases.make_relu(layout, torch.float32)
+    output[-1, 2].view(-1)[-1] = gradient[0, 1].view(-1)[0] = skip[0, 3].view(-1)[0] = float("nan")
+    output[0, 1].view(-1)[0] = 0
+    sums = torch.zeros(2, output.shape[1])
+    gx = emulated.score_relu_backward(output, gradient, sums[0], skip, sums[1])
+    assert torch.equal(gx, torch.ops.aten.threshold_backward(gradient, output, 0))
+    assert [row.isnan().nonzero().flatten().tolist() for row in sums] == [[1, 2], [3]]
+
+
+def test_bad_arguments_of_the_relu_are_refused(emulated: Ops) -> None:
+    x, sums = torch.ones(2, 3), torch.zeros(3)
+    for arguments, message in (
+        ((x, x.half(), sums), "two tensors of one of"),
+        ((x, x, torch.zeros(2)), r"score_relu_backward: sums must be \[C\] or \[N, C\]"),
+        ((x, x, sums, x), "wanted skip and skip_sums, or neither"),
+        ((x, x, sums, x, torch.zeros(2, 3)), "sums and skip_sums must have one shape"),
+        ((x, x, sums, x, sums), "sums and skip_sums must be two tensors"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            emulated.score_relu_backward(*arguments)

@@ -35,3 +35,8 @@ def test_channel_ops_match_float64(problems: dict[str, list[str]], layout: str, 
 
 def test_nan_stays_in_its_channel(problems: dict[str, list[str]]) -> None:
     assert problems["nan"] == []
+
+
+@pytest.mark.parametrize("layout", interpreted.cases.PAIRS)
+def test_relu_matches_pytorch_and_float64(problems: dict[str, list[str]], layout: str) -> None:
+    assert problems[f"{layout}, ReLU"] == []

@@ -24,7 +24,7 @@ import ctypes, os, sys, torch
 torch.ops.load_library(sys.argv[1].replace("_C_cuda.so", "_C.so"))
 torch.ops.load_library(sys.argv[1])
 ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW)
-names = ("channel_importance", "channel_sums", "accumulate_channel_sums", "weight_importance", "keep_mask")
+names = ("channel_importance", "channel_sums", "accumulate_channel_sums", "weight_importance", "score_relu_backward")
 found = torch._C._dispatch_has_kernel_for_dispatch_key
 missing = [name for name in names if not found("taylor_cuda_native::" + name, "CUDA")]
 sys.exit("no CUDA kernel for " + ", ".join(missing) if missing else 0)

@@ -113,3 +113,32 @@ def test_the_finish_of_samples(add: bool, tmp_path: Path) -> None:
         _sums.finish_samples_kernel, constants, {"t_ptr": "fp32", "out_ptr": "fp32"}, 4, tmp_path
     )
     assert (compiled.spills, compiled.stack) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "skip"),
+    [("nhwc bf16", False), ("nhwc bf16", True), ("nhwc fp32", True), ("nchw fp32", True), ("nchw bf16, 7x7", True)],
+)
+def test_the_relu(name: str, skip: bool, tmp_path: Path) -> None:
+    import triton.language as tl
+
+    from taylor_cuda.kernels import _launch, score_relu_backward
+
+    shape, strides, dtype, load = SUMS[name]
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    if strides is not None:
+        tensor = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    pair = _launch.make_pair(tensor, tensor, fold=False)
+    tiling = _launch.make_tiling(pair)
+    kernel = score_relu_backward.column_relu_kernel if pair.columns else score_relu_backward.row_relu_kernel
+    constants = {
+        **{"SKIP": skip, "ADD": False, "ACC": tl.float32, "UNIT": tiling.unit, "CONTIGUOUS": tiling.contiguous},
+        **{"NESTED": pair.outer.size > 1, "BLOCK_L": tiling.block_length, "TRIPS": tiling.trips},
+        "BLOCK_C" if pair.columns else "BLOCK_R": tiling.block_across,
+    }
+    element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    types = dict.fromkeys(("o_ptr", "g_ptr", "s_ptr", "gx_ptr"), element) | {"out_ptr": "fp32", "skip_out_ptr": "fp32"}
+    compiled = compile_for_hopper(kernel, constants, types, tiling.warps, tmp_path)
+    assert (compiled.spills, compiled.stack) == (0, 0)
+    assert compiled.count(load) == compiled.count("LDG") >= 2
+    assert compiled.count(load.replace("LDG", "STG")) >= 1
