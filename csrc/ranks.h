@@ -1,5 +1,5 @@
-// The order of keep_mask, as whole numbers: what stays first has the lowest rank. Plain arithmetic on the bits, the same
-// on the host and on the device, where a comparison of floats might flush denormals.
+// The order of keep_mask, as whole numbers: what stays first has the lowest rank. Plain arithmetic on the bits, the
+// same on the host and on the device, where a comparison of floats might flush denormals.
 
 #pragma once
 

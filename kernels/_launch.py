@@ -51,7 +51,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Tiling:
-    """The programs: ``splits`` of the summed elements, each of ``trips`` blocks of ``block_length``."""
+    """The programs: ``splits`` of the summed elements, each of ``trips`` blocks of ``block_length``.
+
+    Trips and splits are numbers that a program reads; everything else is compiled in. From 64 channels on it doesn't
+    depend on how many there are, if they divide alike, so that a network has one binary for all its channels_last
+    layers, and stays with it when it is pruned.
+    """
 
     unit: int  # sizes and strides are multiples of it, and so many elements are at most 16 bytes
     contiguous: bool  # neighbours in a tile lie side by side
@@ -106,8 +111,7 @@ def make_tiling(pair: Pair) -> Tiling:
         block_across = min(TILE // block_length, 32)
         across = math.ceil(pair.sample.size * pair.channel.size / block_across)
     blocks = math.ceil(pair.length / block_length)
-    wanted = max(1, min(MOST_TRIPS, blocks * across // TARGET_PROGRAMS))
-    trips = 1 << (wanted.bit_length() - 1)  # a power of two: each number of trips is a binary of its own
+    trips = max(1, min(MOST_TRIPS, blocks * across // TARGET_PROGRAMS))
     splits = math.ceil(blocks / trips)
     warps = 4 if unit * pair.activation.element_size() >= 8 else 8  # each narrow load needs registers for an address
     return Tiling(unit, contiguous, block_length, block_across, trips, splits, across * splits, warps)

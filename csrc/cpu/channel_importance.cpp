@@ -19,7 +19,7 @@ void add_samples(const double* t, int64_t samples, int64_t channels, double* out
   }
 }
 
-// All rows, from one pass: that over t and Σ (a·g)² of every sample, or with one position also over |a·g|, where samples
+// All rows from one pass: it leaves Σ a·g and Σ (a·g)² of every sample; or with one position also Σ |a·g|, where samples
 // need not be kept apart.
 std::vector<double> all_reductions(const Tensor& activation, const Tensor& gradient, bool one_position) {
   const int64_t samples = one_position ? 1 : activation.size(0), channels = activation.size(1);

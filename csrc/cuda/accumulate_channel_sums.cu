@@ -21,10 +21,11 @@ void run(const Pair& pair, const Tensor& sums, cudaStream_t stream) {
   const int64_t channels = pair.activation.size(1);
   const Sink<Acc> result{static_cast<Acc*>(sums.mutable_data_ptr()), per_sample ? channels : 0, 0, 1, true};
   if (p.splits == 1 && (per_sample || p.samples == 1)) {
-    return launch_channel_sums<T, false>(pair.activation, pair.gradient, p, Term::kProduct, result, stream);
+    return launch_channel_sums<T, Mode::kPlain>(pair.activation, pair.gradient, p, Term::kProduct, result, stream);
   }
   const Tensor partial = torch::stable::new_empty(sums, {p.samples, p.splits, channels});
-  launch_channel_sums<T, false>(pair.activation, pair.gradient, p, Term::kProduct, partial_sink<Acc>(partial), stream);
+  const Sink<Acc> sink = partial_sink<Acc>(partial);
+  launch_channel_sums<T, Mode::kPlain>(pair.activation, pair.gradient, p, Term::kProduct, sink, stream);
   const Acc* t = static_cast<const Acc*>(partial.const_data_ptr());
   if (per_sample) {
     launch_finish_samples(t, finish_of<Acc>(p), result, stream);

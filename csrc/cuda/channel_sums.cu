@@ -12,14 +12,14 @@
 
 namespace taylor {
 
-template void launch_channel_sums<float, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
-                                                const Sink<float>&, cudaStream_t);
-template void launch_channel_sums<Half, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
-                                               const Sink<float>&, cudaStream_t);
-template void launch_channel_sums<BFloat16, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
-                                                   const Sink<float>&, cudaStream_t);
-template void launch_channel_sums<double, false>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
-                                                 const Sink<double>&, cudaStream_t);
+template void launch_channel_sums<float, Mode::kPlain>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
+                                                       const Sink<float>&, cudaStream_t);
+template void launch_channel_sums<Half, Mode::kPlain>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
+                                                      const Sink<float>&, cudaStream_t);
+template void launch_channel_sums<BFloat16, Mode::kPlain>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
+                                                          const Sink<float>&, cudaStream_t);
+template void launch_channel_sums<double, Mode::kPlain>(const Tensor&, const Tensor&, const ChannelPlan&, Term,
+                                                        const Sink<double>&, cudaStream_t);
 
 namespace {
 
@@ -29,10 +29,12 @@ void run(const Pair& pair, const Tensor& out, cudaStream_t stream) {
   const ChannelPlan p = plan_of(pair, false);
   const int64_t channels = pair.activation.size(1);
   const Sink<Acc> result{static_cast<Acc*>(out.mutable_data_ptr()), channels, 0, 1, false};
-  if (p.splits == 1)
-    return launch_channel_sums<T, false>(pair.activation, pair.gradient, p, Term::kProduct, result, stream);
+  if (p.splits == 1) {
+    return launch_channel_sums<T, Mode::kPlain>(pair.activation, pair.gradient, p, Term::kProduct, result, stream);
+  }
   const Tensor partial = torch::stable::new_empty(out, {p.samples, p.splits, channels});
-  launch_channel_sums<T, false>(pair.activation, pair.gradient, p, Term::kProduct, partial_sink<Acc>(partial), stream);
+  const Sink<Acc> sink = partial_sink<Acc>(partial);
+  launch_channel_sums<T, Mode::kPlain>(pair.activation, pair.gradient, p, Term::kProduct, sink, stream);
   launch_finish_samples(static_cast<const Acc*>(partial.const_data_ptr()), finish_of<Acc>(p), result, stream);
 }
 

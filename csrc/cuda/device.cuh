@@ -70,14 +70,25 @@ struct Pack<T, 1> {
   __device__ __forceinline__ Accumulator<T> get(int) const { return static_cast<Accumulator<T>>(value); }
 };
 
-// kNonlinear is known at compile time because the plain sum needs one fused multiply-add per element.
-template <bool kNonlinear, typename Acc>
-__device__ __forceinline__ Acc add_term(Acc sum, Acc a, Acc g, Term term) {
-  if constexpr (!kNonlinear) {
-    return fma(a, g, sum);
-  } else {
+// What a kernel sums, as far as it is known at compile time: a·g, which needs one fused multiply-add per element; one
+// of the other terms; or several of them, each in a plane of its own.
+enum class Mode { kPlain, kOther, kTwo, kThree };
+
+constexpr int planes_of(Mode mode) { return mode == Mode::kThree ? 3 : (mode == Mode::kTwo ? 2 : 1); }
+
+// Adds the terms of one product to sum[v], sum[v + kVector], ...
+template <Mode mode, int kVector, typename Acc>
+__device__ __forceinline__ void add_terms(Acc (&sum)[planes_of(mode) * kVector], int v, Acc a, Acc g, Term term) {
+  if constexpr (mode == Mode::kOther) {
     const Acc product = a * g;
-    return sum + (term == Term::kSquare ? product * product : fabs(product));
+    sum[v] += term == Term::kSquare ? product * product : fabs(product);
+  } else {
+    sum[v] = fma(a, g, sum[v]);
+  }
+  if constexpr (planes_of(mode) > 1) {
+    const Acc product = a * g;
+    sum[v + kVector] += product * product;
+    if constexpr (planes_of(mode) > 2) sum[v + 2 * kVector] += fabs(product);
   }
 }
 

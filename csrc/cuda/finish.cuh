@@ -38,17 +38,15 @@ __device__ __forceinline__ Acc sum_shares(Acc sum, Acc (*buffer)[kWarp], int row
   return sum;
 }
 
-// out[c] = total(sum_n post(sum_s t[n, s, c])). A block has 32 channels side by side and 32 rows of threads, which
-// share samples, or with few samples also splits.
-template <typename Acc>
-__global__ void __launch_bounds__(kWarp* kWarp)
-    finish_channels_kernel(const Acc* __restrict__ t, const __grid_constant__ Finish<Acc> f, Sink<Acc> sink) {
-  constexpr int kSamples = 8;  // of one thread at a time
-  __shared__ Acc buffer[kWarp][kWarp];
+// Calls visit(sum_s t[n, s, c]) for all samples n of this thread, c being the channel of its lane; reads kSamples at a
+// time. A block has 32 channels side by side and 32 rows of threads, which share samples, or with few samples also
+// splits.
+template <int kSamples, typename Acc, typename F>
+__device__ __forceinline__ void for_each_sample(const Acc* __restrict__ t, const Finish<Acc>& f, int64_t c,
+                                                Acc (*buffer)[kWarp], const F& visit) {
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
   const int share = row & (f.split_threads - 1), step = kWarp / f.split_threads;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + lane, sample = f.splits * f.channels;
-  Acc total = 0;
+  const int64_t sample = f.splits * f.channels;
   for (int64_t base = 0; base < f.samples; base += kSamples * step) {
     const int64_t first = base + row / f.split_threads;
     Acc sum[kSamples] = {};
@@ -62,11 +60,52 @@ __global__ void __launch_bounds__(kWarp* kWarp)
 #pragma unroll
     for (int u = 0; u < kSamples; ++u) {
       if (f.split_threads > 1) sum[u] = sum_shares(sum[u], buffer, row, lane, f.split_threads);
-      if (share == 0) total += apply(f.per_sample, sum[u]);
+      if (share == 0) visit(sum[u]);
     }
   }
+}
+
+// out[c] = total(sum_n post(sum_s t[n, s, c])).
+template <typename Acc>
+__global__ void __launch_bounds__(kWarp* kWarp)
+    finish_channels_kernel(const Acc* __restrict__ t, const __grid_constant__ Finish<Acc> f, Sink<Acc> sink) {
+  __shared__ Acc buffer[kWarp][kWarp];
+  const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  Acc total = 0;
+  for_each_sample<8>(t, f, c, buffer, [&](Acc sum) { total += apply(f.per_sample, sum); });
   total = sum_shares(total, buffer, row, lane, kWarp);
   if (row == 0 && c < f.channels) sink.store(0, 0, c, f.scale * (f.square_total ? total * total : total));
+}
+
+// out[r, c] for the four reductions, from planes of t: the sums of a·g and of (a·g)². With `three`, the sum of |a·g| is
+// there too, and samples have one position, so that every sum may go over all of them.
+template <typename Acc>
+__global__ void __launch_bounds__(kWarp* kWarp)
+    finish_all_kernel(const Acc* __restrict__ t, const __grid_constant__ Finish<Acc> f, bool three, Sink<Acc> sink) {
+  __shared__ Acc buffer[kWarp][kWarp];
+  const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + lane, plane = f.samples * f.splits * f.channels;
+  Acc total[kReductions] = {};  // in the order of Reduction
+  for_each_sample<4>(t, f, c, buffer, [&](Acc sum) {
+    total[0] += sum;
+    total[1] += sum * sum;
+    total[2] += fabs(sum);
+  });
+  for_each_sample<4>(t + plane, f, c, buffer, [&](Acc sum) { total[3] += sum; });
+  if (three) {
+    total[1] = total[3];
+    total[2] = 0;
+    for_each_sample<4>(t + 2 * plane, f, c, buffer, [&](Acc sum) { total[2] += sum; });
+  }
+#pragma unroll
+  for (int r = 0; r < kReductions; ++r) total[r] = sum_shares(total[r], buffer, row, lane, kWarp);
+  if (row == 0 && c < f.channels) {
+    sink.store(0, 0, c, total[0] * total[0]);
+    sink.store(1, 0, c, total[1]);
+    sink.store(2, 0, c, f.scale * total[2]);
+    sink.store(3, 0, c, total[3]);
+  }
 }
 
 // out[n, c] = sum_s t[n, s, c]
@@ -96,6 +135,14 @@ void launch_finish_channels(const Acc* t, Finish<Acc> f, const Sink<Acc>& sink, 
 }
 
 template <typename Acc>
+void launch_finish_all(const Acc* t, Finish<Acc> f, bool three, const Sink<Acc>& sink, cudaStream_t stream) {
+  f.split_threads = finish_split_threads(f.samples, f.splits);
+  const unsigned grid = grid_size(ceil_div<int64_t>(f.channels, kWarp), "finish_all");
+  finish_all_kernel<Acc><<<grid, kWarp * kWarp, 0, stream>>>(t, f, three, sink);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename Acc>
 void launch_finish_samples(const Acc* t, const Finish<Acc>& f, const Sink<Acc>& sink, cudaStream_t stream) {
   const unsigned grid = grid_size(ceil_div<int64_t>(f.samples * f.channels, kThreads), "finish_samples");
   finish_samples_kernel<Acc><<<grid, kThreads, 0, stream>>>(t, f, sink);
@@ -107,10 +154,11 @@ Finish<Acc> finish_of(const ChannelPlan& p) {
   return {p.samples, p.splits, p.channel.size, 1, Post::kNone, false, Acc(1)};
 }
 
-// The places of t[n, s, c] in a contiguous tensor.
+// The places of t[n, s, c], or of planes of it, in a contiguous tensor.
 template <typename Acc>
 Sink<Acc> partial_sink(const Tensor& partial) {
-  return {static_cast<Acc*>(partial.mutable_data_ptr()), partial.stride(0), partial.stride(1), 1, false};
+  const int64_t n = partial.dim() - 3;
+  return {static_cast<Acc*>(partial.mutable_data_ptr()), partial.stride(n), partial.stride(n + 1), 1, false};
 }
 
 // The two tensors of a channel op, and their walk.

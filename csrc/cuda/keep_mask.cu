@@ -3,8 +3,8 @@
 // Shapes       scores [n], n < 2^31; keep and threshold 0-d; mask [n]
 // Strides      any
 // Dtypes       scores and threshold: fp32; keep: int64; mask: bool
-// Bytes        16*n read (4*n of it from memory, the rest from the L2 cache), 4*n more where not all scores equal to the
-//              threshold stay; n written
+// Bytes        16*n read (4*n of it from memory, the rest from the L2 cache), 4*n more where not all scores equal to
+//              the threshold stay; n written
 // Launches     1, of one block: a network's ten thousand channels take it less time than a second launch would
 // Determinism  yes: atomics count whole numbers only, whose sums have no order
 // Error        none: the result is exact
@@ -39,8 +39,8 @@ struct Board {
   uint32_t inside;         // and how many in it
 };
 
-// Calls f(i, rank, inside) for i = first + offset, and on in steps; as often in every thread for which `first` and `end`
-// are the same, with inside = false past the end.
+// Calls f(i, rank, inside) for i = first + offset, and on in steps; as often in every thread for which `first` and
+// `end` are the same, with inside = false past the end.
 template <typename F>
 __device__ __forceinline__ void for_each_rank(const Scores& scores, int64_t first, int64_t end, int offset, int step,
                                               const F& f) {

@@ -93,6 +93,15 @@ PAIRS: dict[str, Callable[[Source], tuple[Tensor, Tensor]]] = {
 }
 
 
+# Layouts in which every kernel keeps samples apart for every reduction and splits no sum, and those of [N, C], where
+# none keeps them apart: "all" has the bits of the four reductions there.
+CUT_ALIKE = (
+    *("nchw 7x7", "nchw 8x8", "nchw 14x14", "nchw cropped", "channels cut", "nchw 1x1", "nhwc cropped"),
+    *("rows cut", "one off", "every second", "two layouts", "[N, C]", "[N, C] odd", "[N, C, L]"),
+    *("every second channel", "5d", "5d cropped", "9d cropped", "no samples", "no pixels", "no channels"),
+)
+
+
 def make_pair(name: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Activation and gradient of a named layout."""
     return PAIRS[name](source(dtype, seed, device))

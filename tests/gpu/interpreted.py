@@ -65,9 +65,22 @@ def nan_case(ops: cases.Ops) -> list[str]:
     activation, gradient = cases.make_pair("nchw 7x7", torch.float32)
     gradient[-1, 2, -1, -1] = float("nan")
     found = [ops.channel_importance(activation, gradient, reduction).isnan() for reduction in cases.REDUCTIONS]
+    found += [*ops.channel_importance(activation, gradient, "all").isnan()]
     return (
         [] if all(where.nonzero().flatten().tolist() == [2] for where in found) else ["NaN in another channel, or lost"]
     )
+
+
+def same_bits(ops: cases.Ops) -> list[str]:
+    """The rows of "all" where samples are apart anyway and no sum is split, and of [N, C]."""
+    found = []
+    for layout in ("nchw 7x7", "nhwc cropped", "[N, C]"):
+        pair = cases.make_pair(layout, torch.float32)
+        rows = ops.channel_importance(*pair, "all")
+        for row, reduction in zip(rows, cases.REDUCTIONS, strict=True):
+            if not torch.equal(row, ops.channel_importance(*pair, reduction)):
+                found.append(f"{layout}: {reduction} of all has other bits")
+    return found
 
 
 if __name__ == "__main__":
@@ -76,4 +89,5 @@ if __name__ == "__main__":
     problems = {name_of(*case): run(interpreted, *case) for case in PLAN}
     problems |= {f"{layout}, ReLU": run_relu(interpreted, i, layout) for i, layout in enumerate(cases.PAIRS)}
     problems["nan"] = nan_case(interpreted)
+    problems["same bits"] = same_bits(interpreted)
     Path(sys.argv[1]).write_text(json.dumps(problems))

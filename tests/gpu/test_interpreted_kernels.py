@@ -37,6 +37,10 @@ def test_nan_stays_in_its_channel(problems: dict[str, list[str]]) -> None:
     assert problems["nan"] == []
 
 
+def test_all_reductions_at_once_are_the_same_bits(problems: dict[str, list[str]]) -> None:
+    assert problems["same bits"] == []
+
+
 @pytest.mark.parametrize("layout", interpreted.cases.PAIRS)
 def test_relu_matches_pytorch_and_float64(problems: dict[str, list[str]], layout: str) -> None:
     assert problems[f"{layout}, ReLU"] == []

@@ -60,36 +60,100 @@ SUMS: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype, str]
     "nchw bf16, 7x7": ((256, 512, 7, 7), None, torch.bfloat16, "LDG.E.U16"),
     "nchw fp32, cropped": ((64, 64, 28, 28), (64 * 900, 900, 30, 1), torch.float32, "LDG.E"),
     "[N, C] bf16": ((4096, 1024), None, torch.bfloat16, "LDG.E.128"),
+    "[N, L, C] bf16": ((256, 768, 197), (197 * 768, 1, 768), torch.bfloat16, "LDG.E.128"),
 }
 
 
-@pytest.mark.parametrize("name", SUMS)
-def test_partial_sums(name: str, tmp_path: Path) -> None:
-    import triton.language as tl
+def _plan(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: torch.dtype, fold: bool) -> tuple[Any, Any]:
+    """How a tensor of this layout is walked and tiled."""
+    from taylor_cuda.kernels import _launch
 
-    from taylor_cuda.kernels import _launch, _sums
-
-    shape, strides, dtype, load = SUMS[name]
     tensor = torch.empty(shape, dtype=dtype, device="meta")
     if strides is not None:
         tensor = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    pair = _launch.make_pair(tensor, tensor, fold=False)
-    tiling = _launch.make_tiling(pair)
-    kernel = _sums.column_sums_kernel if pair.columns else _sums.row_sums_kernel
-    constants = {
-        **{"MAP": _sums.PRODUCT, "ADD": False, "ACC": tl.float32, "UNIT": tiling.unit, "CONTIGUOUS": tiling.contiguous},
-        **{"NESTED": pair.outer.size > 1, "BLOCK_L": tiling.block_length, "TRIPS": tiling.trips},
-        "BLOCK_C" if pair.columns else "BLOCK_R": tiling.block_across,
-    }
+    pair = _launch.make_pair(tensor, tensor, fold=fold)
+    return pair, _launch.make_tiling(pair)
+
+
+def _binary(plan: tuple[Any, Any], term: int) -> tuple[Any, dict[str, Any], int]:
+    """The kernel, what is compiled into it, and its warps: all that distinguishes binaries for aligned pointers."""
+    from taylor_cuda.kernels import _sums
+
+    pair, tiling = plan
+    constants = _sums.constants_of(pair, tiling, torch.empty(0), term, False)
+    return _sums.column_sums_kernel if pair.columns else _sums.row_sums_kernel, constants, tiling.warps
+
+
+# Terms of "sample" and "batch", and those of "all" at once, which [N, C] takes folded.
+@pytest.mark.parametrize(("name", "term"), [*((name, 0) for name in SUMS), ("nhwc bf16", 3), ("nchw bf16", 3)])
+def test_partial_sums(name: str, term: int, tmp_path: Path) -> None:
+    shape, strides, dtype, load = SUMS[name]
+    kernel, constants, warps = _binary(_plan(shape, strides, dtype, fold=False), term)
     element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     types = {"a_ptr": element, "g_ptr": element, "out_ptr": "fp32"}
-    compiled = compile_for_hopper(kernel, constants, types, tiling.warps, tmp_path)
+    compiled = compile_for_hopper(kernel, constants, types, warps, tmp_path)
     assert (compiled.spills, compiled.stack) == (0, 0)
     assert compiled.registers <= 255
     assert compiled.count(load) == compiled.count("LDG") >= 2
 
 
-@pytest.mark.parametrize(("post", "splits"), [(0, 1), (1, 4), (2, 32)])
+def test_three_terms_at_once(tmp_path: Path) -> None:
+    kernel, constants, warps = _binary(_plan((4096, 1024), None, torch.bfloat16, fold=True), 4)
+    types = {"a_ptr": "bf16", "g_ptr": "bf16", "out_ptr": "fp32"}
+    compiled = compile_for_hopper(kernel, constants, types, warps, tmp_path)
+    assert (compiled.spills, compiled.stack) == (0, 0)
+    assert compiled.count("LDG.E.128") == compiled.count("LDG") >= 2
+
+
+GATES = [(64, 56), (128, 56), (128, 28), (256, 28), (256, 14), (512, 14), (512, 7), (256, 56), (512, 28), (1024, 14)]
+GATES += [(2048, 7)]  # of ResNet-50, with NVlabs's placement
+CUT = [(72, 56), (40, 28), (200, 14), (136, 7), (960, 7), (2040, 7)]  # what pruning to multiples of 8 may leave
+
+
+def _binaries(gates: list[tuple[int, int]], channels_last: bool, samples: int = 256) -> set[str]:
+    shapes = [(samples, channels, side, side) for channels, side in gates]
+    plans = [
+        _plan(shape, _nhwc(shape) if channels_last else None, torch.bfloat16, fold)
+        for shape in shapes
+        for fold in (False, True)
+    ]
+    return {str((kernel.__name__, constants, warps)) for kernel, constants, warps in (_binary(p, 0) for p in plans)}
+
+
+def test_one_binary_serves_every_width() -> None:
+    """For each term and type: one for channels_last, one for each of three lengths of a row for NCHW."""
+    assert len(_binaries([(64, 28), (72, 28), (128, 28), (2048, 28)], True)) == 1
+    everything = _binaries(GATES, True)
+    assert len(everything) == 1
+    assert everything == _binaries(CUT, True) == _binaries(CUT, True, samples=3)
+    assert len(_binaries(GATES, False)) == 3
+    assert _binaries(CUT, False) <= _binaries(GATES, False)
+
+
+def test_numbers_are_no_part_of_a_binary() -> None:
+    """Triton makes a binary of its own for a 1 and for multiples of 16, unless it is told not to."""
+    from taylor_cuda.kernels import _sums
+
+    names = ("column_sums_kernel", "row_sums_kernel", "finish_channels_kernel", "finish_samples_kernel")
+    for kernel in (*(getattr(_sums, name) for name in names), _sums.finish_all_kernel):
+        numbers = [p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
+        assert numbers
+        assert [p.name for p in numbers if not p.do_not_specialize] == []
+
+
+@pytest.mark.parametrize("three", [False, True])
+def test_the_finish_of_all(three: bool, tmp_path: Path) -> None:
+    import triton.language as tl
+
+    from taylor_cuda.kernels import _sums
+
+    constants = {"THREE": three, "ACC": tl.float32, "BLOCK_N": 128 if three else 16, "BLOCK_S": 1 if three else 8}
+    types = {"t_ptr": "fp32", "out_ptr": "fp32"}
+    compiled = compile_for_hopper(_sums.finish_all_kernel, {**constants, "BLOCK_C": 32}, types, 8, tmp_path)
+    assert (compiled.spills, compiled.stack) == (0, 0)
+
+
+@pytest.mark.parametrize(("post", "splits"), [(0, 1), (1, 8), (2, 32)])
 def test_the_finish_over_samples(post: int, splits: int, tmp_path: Path) -> None:
     import triton.language as tl
 
