@@ -7,4 +7,6 @@ MODULE_OF_OP: dict[str, str] = {
     "channel_importance": "taylor_cuda.kernels.channel_importance",
     "channel_sums": "taylor_cuda.kernels.channel_sums",
     "score_relu_backward": "taylor_cuda.kernels.score_relu_backward",
+    "batch_norm_relu_forward": "taylor_cuda.kernels.batch_norm_relu",
+    "batch_norm_relu_backward": "taylor_cuda.kernels.batch_norm_relu",
 }

@@ -13,6 +13,12 @@ from taylor_cuda.ops import (
     keep_mask,
     score_gate,
     score_relu,
+    BatchNormReLU,
+    ScoreGate,
+    batch_norm_relu,
+    channel_importance,
+    channel_sums,
+    score_gate,
     weight_importance,
 )
 from taylor_cuda.planning import Plan, plan
@@ -25,6 +31,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "BatchNormReLU",
     "BudgetError",
     "ChannelGroup",
     "CheckpointError",
@@ -37,6 +44,7 @@ __all__ = [
     "ScoreGate",
     "ScoreReLU",
     "TaylorError",
+    "batch_norm_relu",
     "channel_importance",
     "channel_sums",
     "cut",

@@ -12,15 +12,18 @@ from torch import Tensor
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.ops import backends, checks, library
+from taylor_cuda.ops.batch_norm_relu import BatchNormReLU, batch_norm_relu
 from taylor_cuda.ops.gate import ScoreGate, score_gate
 from taylor_cuda.ops.reference import CHANNEL_REDUCTIONS, WEIGHT_REDUCTIONS
 from taylor_cuda.ops.relu import ScoreReLU, score_relu
 
 __all__ = [
+    "BatchNormReLU",
     "ScoreGate",
     "ScoreReLU",
     "accumulate_channel_sums",
     "backends",
+    "batch_norm_relu",
     "channel_importance",
     "channel_sums",
     "keep_mask",

@@ -31,6 +31,8 @@ OPS = (
     "weight_importance",
     "score_relu_backward",
     "keep_mask",
+    "batch_norm_relu_forward",
+    "batch_norm_relu_backward",
 )
 
 # Best first. The order for CUDA is a presumption until a GPU run shows otherwise, op by op; such a row goes into
@@ -65,7 +67,9 @@ def load_native(device: str) -> bool:
 
 def _find_native(op: str, device: str) -> Implementation | None:
     name, key = f"taylor_cuda_native::{op}", {"cpu": "CPU", "cuda": "CUDA"}.get(device, "")
-    if not load_native(device) or not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+    if not load_native(device) or not hasattr(torch.ops.taylor_cuda_native, op):
+        return None
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
         return None
     found: Implementation = getattr(torch.ops.taylor_cuda_native, op).default
     return found
@@ -85,11 +89,13 @@ def _with_pairs_checked(weight_importance: Implementation) -> Implementation:
 def _find_triton(op: str, device: str) -> Implementation | None:
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
-    module = f"taylor_cuda.kernels.{op}"
+    module = importlib.import_module("taylor_cuda.kernels").MODULE_OF_OP.get(op)
+    if module is None:
+        return None
     try:
         found: Implementation = getattr(importlib.import_module(module), op)
     except ModuleNotFoundError as error:
-        if error.name not in ("triton", module):
+        if error.name != "triton":
             raise
         return None
     return found

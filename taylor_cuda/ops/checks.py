@@ -147,3 +147,50 @@ def check_keep(keep: object, scores: Tensor) -> None:
             raise InputError(f"keep: wanted it on {scores.device}, where scores is, got it on {keep.device}")
     elif not isinstance(keep, int) or isinstance(keep, bool):
         raise InputError(f"keep: wanted an int or a 0-d int64 tensor, got {type(keep).__name__}")
+
+
+def check_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    residual: Tensor | None,
+) -> None:
+    """Raise unless x is ``[N, C, *spatial]``, residual like it, and the others ``[C]``; statistics come in pairs."""
+    check_tensor(x, "x")
+    if x.dim() < 2:
+        raise InputError(f"x: wanted [N, C, *spatial], got shape {tuple(x.shape)}")
+    statistics = {"running_mean": running_mean, "running_var": running_var}
+    optional = training and running_mean is None and running_var is None
+    for name, vector in {**statistics, "weight": weight, "bias": bias}.items():
+        if vector is not None:
+            _check_vector(vector, x, name)
+    for name, vector in statistics.items():
+        if vector is None and not optional:
+            raise InputError(f"{name}: wanted a tensor (neither of the two only with training), got None")
+        if vector is not None and training and vector.requires_grad:
+            raise InputError(f"{name}: wanted a tensor that does not require grad; it is changed in place")
+    if momentum is None:
+        raise InputError("momentum: wanted a number, got None; a cumulative average is 1 / (number of batches so far)")
+    if training and x.shape[0] * x.shape[2:].numel() == 1:
+        raise InputError(f"x: wanted more than 1 value per channel when training, got shape {tuple(x.shape)}")
+    if residual is not None:
+        check_tensor(residual, "residual")
+        check_same_place(x, residual, "x", "residual")
+        if residual.dtype != x.dtype:
+            raise InputError(f"residual: wanted {x.dtype}, the dtype of x, got {residual.dtype}")
+
+
+def _check_vector(vector: Tensor, x: Tensor, name: str) -> None:
+    check_tensor(vector, name)
+    if tuple(vector.shape) != (x.shape[1],):
+        raise InputError(f"{name}: wanted shape {(x.shape[1],)} for x {tuple(x.shape)}, got {tuple(vector.shape)}")
+    wide = reference.result_dtype(x.dtype)
+    if vector.dtype not in (wide, x.dtype):
+        either = f"{wide}" if wide == x.dtype else f"{wide} or {x.dtype}"
+        raise InputError(f"{name}: wanted {either} for x of {x.dtype}, got {vector.dtype}")
+    if vector.device != x.device:
+        raise InputError(f"{name}: wanted it on {x.device}, where x is, got it on {vector.device}")

@@ -72,6 +72,7 @@ def _bump_versions(op: Callable[..., Any], mutates: tuple[str, ...]) -> Callable
         result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         for position in positions:
             if position < len(args) and args[position] is not None:
+            if args[position] is not None:
                 torch.autograd.graph.increment_version(args[position])
         return result
 
@@ -122,3 +123,49 @@ accumulate_channel_sums = _define(reference.accumulate_channel_sums, _fake_accum
 weight_importance = _define(reference.weight_importance, _fake_weight_importance)
 score_relu_backward = _define(reference.score_relu_backward, _fake_score_relu_backward, mutates=("sums", "skip_sums"))
 keep_mask = _define(reference.keep_mask, _fake_keep_mask)
+
+
+def _fake_batch_norm_relu_forward(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty(x.shape[1], dtype=reference.result_dtype(x.dtype))
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+def _fake_batch_norm_relu_backward(
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    training: bool,
+    relu: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch._check(gradient.shape == x.shape)
+    images = [torch.empty_like(x) if needed else x.new_empty(0) for needed in needs[:2]]
+    vectors = [
+        torch.empty_like(mean if like is None else like) if needed else mean.new_empty(0)
+        for like, needed in zip((weight, bias), needs[2:], strict=True)
+    ]
+    return images[0], images[1], vectors[0], vectors[1]
+
+
+batch_norm_relu_forward = _define(
+    reference.batch_norm_relu_forward, _fake_batch_norm_relu_forward, mutates=("running_mean", "running_var")
+)
+batch_norm_relu_backward = _define(
+    reference.batch_norm_relu_backward, _fake_batch_norm_relu_backward, mutates=("sums",)
+)

@@ -131,3 +131,92 @@ def keep_mask(scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     threshold = torch.where(last < 0, last ^ highest, last).view(scores.dtype).reshape(())
     threshold = threshold.masked_fill(count == 0, float("inf"))
     return mask, threshold.masked_fill(scores.isnan().any(), float("nan"))
+
+
+def batch_norm_relu_forward(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y = relu(x̂·γ + β + residual) with x̂ = (x - mean)·invstd, and mean and invstd of every channel, ``[C]``.
+
+    With ``training`` the statistics are the batch's, and the running ones move towards them, the variance being the
+    unbiased one there; otherwise they are the running ones. y is laid out as ``torch.empty_like(x)``.
+    """
+    wide = result_dtype(x.dtype)
+    if x.numel() == 0:  # no statistics, and nothing moves
+        return torch.empty_like(x), x.new_zeros(x.shape[1], dtype=wide), x.new_zeros(x.shape[1], dtype=wide)
+    gamma, beta, old_mean, old_var = (
+        None if vector is None else vector.to(wide) for vector in (weight, bias, running_mean, running_var)
+    )
+    y, mean, invstd = torch.native_batch_norm(x.to(wide), gamma, beta, old_mean, old_var, training, momentum, eps)
+    if not training and old_mean is not None and old_var is not None:
+        mean, invstd = old_mean.clone(), (old_var + eps).rsqrt()
+    for running, moved in ((running_mean, old_mean), (running_var, old_var)):
+        if training and running is not None and moved is not None and moved is not running:
+            running.copy_(moved)
+    if residual is not None:
+        y = y.add_(residual)
+    return _laid_as(x, y.relu_() if relu else y), mean, invstd
+
+
+def batch_norm_relu_backward(
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    training: bool,
+    relu: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``batch_norm_relu_forward`` in x, residual, weight and bias; those that ``needs`` denies are empty.
+
+    With g' the gradient where y > 0 (all of it without ``relu``), dγ = Σ g'·x̂, dβ = Σ g', and M summed elements:
+
+        gx = γ·invstd·(g' - dβ/M - x̂·dγ/M)    with ``training``, else γ·invstd·g'
+        sums += Σ_l b·g' = γ·Σ_l g'·x̂ + β·Σ_l g'    where b = γ·x̂ + β; Σ_{n,l} for ``sums`` ``[C]``
+
+    y is needed where there was a residual; without one, y > 0 is x̂·γ + β > 0.
+    """
+    wide = mean.dtype
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    gamma = torch.ones_like(mean) if weight is None else weight.to(wide)
+    beta = torch.zeros_like(mean) if bias is None else bias.to(wide)
+    normalized = (x.to(wide) - mean.view(shape)) * invstd.view(shape)
+    masked = gradient.to(wide)
+    if relu:
+        output = normalized * gamma.view(shape) + beta.view(shape) if y is None else y
+        masked = masked.masked_fill(output <= 0, 0)
+    along, plain = channel_sums(masked, normalized), channel_sums(masked, torch.ones_like(masked))
+    weight_gradient, bias_gradient = along.sum(dim=0), plain.sum(dim=0)
+    if sums is not None:
+        gates = gamma * along + beta * plain
+        sums.add_(gates if sums.dim() == 2 else gates.sum(dim=0))
+    inner = masked
+    if training:
+        count = max(x.numel() // max(mean.numel(), 1), 1)
+        slope, offset = (total.view(shape) / count for total in (weight_gradient, bias_gradient))
+        inner = masked - offset - normalized * slope
+    return (
+        _laid_as(x, inner * (gamma * invstd).view(shape)) if needs[0] else x.new_empty(0),
+        _laid_as(x, masked) if needs[1] else x.new_empty(0),
+        weight_gradient.to(gamma.dtype if weight is None else weight.dtype) if needs[2] else mean.new_empty(0),
+        bias_gradient.to(beta.dtype if bias is None else bias.dtype) if needs[3] else mean.new_empty(0),
+    )
+
+
+def _laid_as(x: Tensor, values: Tensor) -> Tensor:
+    """The values with the dtype of x, and where it has no gaps its strides."""
+    result = torch.empty_like(x)
+    return result.copy_(values)

@@ -28,10 +28,12 @@ def compile_for_hopper(
 
     names = kernel.arg_names
     pointers = [name for name in names if name.endswith("_ptr")]
+    numbers = dict.fromkeys(names, "i32") | {name: "fp32" for name in ("momentum", "eps")}
     signature = {
-        name: "constexpr" if name in constants else "*" + types[name] if name in pointers else "i32" for name in names
+        name: "constexpr" if name in constants else "*" + types[name] if name in pointers else numbers[name]
+        for name in names
     }
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name not in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -206,3 +208,70 @@ def test_the_relu(name: str, skip: bool, tmp_path: Path) -> None:
     assert (compiled.spills, compiled.stack) == (0, 0)
     assert compiled.count(load) == compiled.count("LDG") >= 2
     assert compiled.count(load.replace("LDG", "STG")) >= 1
+
+
+NORMS: dict[str, tuple[tuple[int, ...], bool, torch.dtype, str]] = {
+    "nhwc bf16": ((256, 64, 56, 56), True, torch.bfloat16, ".128"),
+    "nhwc bf16, 7x7": ((256, 512, 7, 7), True, torch.bfloat16, ".128"),
+    "nhwc bf16, 24 channels": ((64, 24, 28, 28), True, torch.bfloat16, ".128"),
+    "nhwc fp32": ((256, 256, 56, 56), True, torch.float32, ".128"),
+    "nhwc bf16, 13 channels": ((64, 13, 28, 28), True, torch.bfloat16, ".U16"),
+    "nchw bf16": ((256, 64, 56, 56), False, torch.bfloat16, ".128"),
+    "nchw bf16, 7x7": ((256, 512, 7, 7), False, torch.bfloat16, ".U16"),
+}
+
+
+# What each kernel of batch_norm_relu is compiled for beside its grid, in training, and how many tensors it loads and stores.
+PASSES: dict[str, tuple[str, dict[str, bool], int, int]] = {
+    "moments": ("moments_kernel", {}, 1, 0),
+    "output": ("apply_kernel", {"RESIDUAL": False, "RELU": True}, 1, 1),
+    "output, residual": ("apply_kernel", {"RESIDUAL": True, "RELU": True}, 2, 1),
+    "sums": ("gradient_sums_kernel", {"OUTPUT": False, "MASKED": False, "RELU": True}, 2, 0),
+    "sums, residual": ("gradient_sums_kernel", {"OUTPUT": True, "MASKED": True, "RELU": True}, 3, 1),
+    "gradient": ("input_gradient_kernel", {"OUTPUT": False, "MASKED": False, "RELU": True}, 2, 1),
+    "gradient, residual": ("input_gradient_kernel", {"OUTPUT": False, "MASKED": False, "RELU": False}, 2, 1),
+}
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("name", NORMS)
+def test_the_passes_of_batch_norm_relu(name: str, which: str, tmp_path: Path) -> None:
+    from taylor_cuda.kernels import _batch_norm, batch_norm_relu
+
+    shape, channels_last, dtype, width = NORMS[name]
+    kernel_name, flags, loads, stores = PASSES[which]
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    grid = batch_norm_relu.make_grid(
+        torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format), fold=kernel_name[0] != "g"
+    )
+    kernel = getattr(_batch_norm, kernel_name)
+    given = {"WEIGHT": True, "BIAS": True, "GROUP": grid.group, "TRAINING": True, "INNER": True}
+    constants = {k: v for k, v in {**grid.constants, **given, **flags}.items() if k in kernel.arg_names}
+    absent = {
+        "residual_ptr": flags.get("RESIDUAL"),
+        "y_ptr": flags.get("OUTPUT", True),
+        "masked_ptr": flags.get("MASKED"),
+    }
+    constants |= {k: None for k, present in absent.items() if k in kernel.arg_names and not present}
+    element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    images = ("x_ptr", "g_ptr", "y_ptr", "residual_ptr", "masked_ptr", "gx_ptr")
+    types = {k: element if k in images else "fp32" for k in kernel.arg_names}
+    compiled = compile_for_hopper(kernel, constants, types, grid.warps, tmp_path)
+    assert (compiled.spills, compiled.stack) == (0, 0)
+    per_tensor = grid.block_length * grid.block_channels // (32 * grid.warps) // grid.unit
+    tiles = 2 if which == "moments" and grid.trips > 1 else 1  # the first tile is taken apart from the loop
+    assert compiled.count("LDG.E" + width) >= loads * per_tensor * tiles
+    assert compiled.count("STG.E" + width) == stores * per_tensor
+
+
+def test_the_finishes_of_batch_norm_relu(tmp_path: Path) -> None:
+    from taylor_cuda.kernels import _batch_norm
+
+    for kernel, constants in (
+        (_batch_norm.statistics_kernel, {"TRAINING": True, "RUNNING": True, "BLOCK_P": 1024, "BLOCK_C": 4}),
+        (_batch_norm.gates_kernel, {"PER_SAMPLE": True, "TOTAL": False, "BLOCK_N": 128, "BLOCK_S": 4, "BLOCK_C": 4}),
+        (_batch_norm.gates_kernel, {"PER_SAMPLE": False, "TOTAL": True, "BLOCK_N": 512, "BLOCK_S": 1, "BLOCK_C": 4}),
+    ):
+        given = {k: v for k, v in {**constants, "WEIGHT": True, "BIAS": True}.items() if k in kernel.arg_names}
+        compiled = compile_for_hopper(kernel, given, dict.fromkeys(kernel.arg_names, "fp32"), 8, tmp_path)
+        assert (compiled.spills, compiled.stack) == (0, 0)

@@ -37,6 +37,24 @@ SAMPLES: dict[str, list[tuple[object, ...]]] = {
         (PAIR[0][:, :, ::2], PAIR[1][:, :, ::2], torch.zeros(4)),
     ],
     "keep_mask": [(torch.randn(9), torch.tensor(keep)) for keep in (0, 4)] + [(torch.randn(0), torch.tensor(1))],
+    "batch_norm_relu_forward": [
+        (PAIR[0], torch.zeros(4), torch.ones(4), torch.ones(4), torch.zeros(4), PAIR[1], True, 0.1, 1e-5, True),
+        (PAIR[0].bfloat16(), torch.zeros(4), torch.ones(4), torch.ones(4), None, None, False, 0.1, 1e-5, True),
+        (PAIR[0].to(memory_format=torch.channels_last), None, None, None, None, None, True, 0.1, 1e-5, False),
+    ],
+    "batch_norm_relu_backward": [
+        (*PAIR, PAIR[0], *torch.ones(4, 4).unbind(), torch.zeros(3, 4), True, True, [True] * 4),
+        (*PAIR, None, *torch.ones(3, 4).unbind(), None, torch.zeros(4), False, True, [True, False, False, True]),
+        (
+            *(t.bfloat16() for t in PAIR),
+            None,
+            *torch.ones(4, 4).unbind(),
+            None,
+            True,
+            False,
+            [False, True, True, False],
+        ),
+    ],
 }
 
 
