@@ -6,19 +6,15 @@ from taylor_cuda.errors import BudgetError, CheckpointError, CutError, InputErro
 from taylor_cuda.graph import ChannelGroup, Groups, masked, trace
 from taylor_cuda.importance import Importance
 from taylor_cuda.ops import (
+    BatchNormReLU,
     ScoreGate,
     ScoreReLU,
+    batch_norm_relu,
     channel_importance,
     channel_sums,
     keep_mask,
     score_gate,
     score_relu,
-    BatchNormReLU,
-    ScoreGate,
-    batch_norm_relu,
-    channel_importance,
-    channel_sums,
-    score_gate,
     weight_importance,
 )
 from taylor_cuda.planning import Plan, plan

@@ -72,7 +72,6 @@ def _bump_versions(op: Callable[..., Any], mutates: tuple[str, ...]) -> Callable
         result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         for position in positions:
             if position < len(args) and args[position] is not None:
-            if args[position] is not None:
                 torch.autograd.graph.increment_version(args[position])
         return result
 

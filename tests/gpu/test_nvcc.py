@@ -13,7 +13,7 @@ import pytest
 from tests.gpu import emulator, sass
 
 # Kernels with 16-byte loads: columns (at one stride, at several), rows, packed rows of four types; six pairs of types.
-WIDE_KERNELS = {"accumulate_channel_sums": 0, "channel_importance": 16, "channel_sums": 16, "weight_importance": 6}
+WIDE_KERNELS = {"accumulate_channel_sums": 0, "channel_importance": 36, "channel_sums": 16, "weight_importance": 6}
 WIDE_KERNELS["score_relu_backward"] = 24  # columns, rows, packed rows of four types; each with a skip and without
 WIDE_STORES = re.compile(r"_relu_kernelI\w+?Li[248]E")
 SOURCES = sorted((emulator.ROOT / "csrc" / "cuda").glob("*.cu"))

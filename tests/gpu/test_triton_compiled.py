@@ -28,7 +28,7 @@ def compile_for_hopper(
 
     names = kernel.arg_names
     pointers = [name for name in names if name.endswith("_ptr")]
-    numbers = dict.fromkeys(names, "i32") | {name: "fp32" for name in ("momentum", "eps")}
+    numbers = dict.fromkeys(names, "i32") | dict.fromkeys(("momentum", "eps"), "fp32")
     signature = {
         name: "constexpr" if name in constants else "*" + types[name] if name in pointers else numbers[name]
         for name in names
@@ -221,7 +221,7 @@ NORMS: dict[str, tuple[tuple[int, ...], bool, torch.dtype, str]] = {
 }
 
 
-# What each kernel of batch_norm_relu is compiled for beside its grid, in training, and how many tensors it loads and stores.
+# What each kernel of batch_norm_relu is compiled for beside its grid, in training; how many tensors it loads, stores.
 PASSES: dict[str, tuple[str, dict[str, bool], int, int]] = {
     "moments": ("moments_kernel", {}, 1, 0),
     "output": ("apply_kernel", {"RESIDUAL": False, "RELU": True}, 1, 1),
