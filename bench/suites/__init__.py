@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from taylor_cuda.bench.race import Entry, Options
-from taylor_cuda.bench.suites import graph, network, planner, rank, relu, scoring, step, weights
+from taylor_cuda.bench.suites import batch_norm_relu, graph, network, planner, rank, relu, scoring, step, weights
 
-MODULES = (scoring, weights, relu, rank, network, planner, graph, step)
+MODULES = (scoring, weights, relu, batch_norm_relu, rank, network, planner, graph, step)
 
 
 def entries(options: Options) -> list[Entry]:

@@ -16,12 +16,15 @@ from taylor_cuda.ops import backends
 CUDA_NAMES = {"ours:cuda": "native", "ours:triton": "triton"}
 CPU_NAMES = {"ours:native": "native"}
 WITHOUT_TRITON = ("weight_importance", "keep_mask")
+WITHOUT_CUDA = ("batch_norm_relu_forward",)
 
 
 def our_names(op: str, options: Options) -> list[str]:
     """Our providers of an op on this kind of device, whether they were built or not."""
     if op in WITHOUT_TRITON and options.cuda:
         return ["ours:cuda"]
+    if op in WITHOUT_CUDA and options.cuda:
+        return ["ours:triton"]
     return list(CUDA_NAMES if options.cuda else CPU_NAMES)
 
 

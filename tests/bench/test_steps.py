@@ -157,7 +157,7 @@ def test_every_branch_of_a_run_on_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(command, "measure_ceilings", lambda _options: Ceilings(10.0, 0.5))
     options = Pretended(quick=True, seconds=0.001)
     chosen = [entry for entry in entries(options) if entry.key.suite != "profile"]
-    assert {entry.key.suite for entry in chosen} == {"scoring", "relu", "rank", "network", "step"}
+    assert {entry.key.suite for entry in chosen} == {"scoring", "relu", "batch_norm_relu", "rank", "network", "step"}
     seen, kept = set(), []
     for entry in chosen:
         # one of each kind is enough

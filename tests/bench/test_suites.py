@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from taylor_cuda.bench import command
 from taylor_cuda.bench.environment import ROOT
 from taylor_cuda.bench.race import Options
 from taylor_cuda.bench.rows import check_row, read_rows
-from taylor_cuda.bench.suites import entries, graph, network, networks, planner, rank, relu
+from taylor_cuda.bench.suites import batch_norm_relu, entries, graph, network, networks, planner, rank, relu
 
 QUICK = Options(quick=True, seconds=0.01)
 
@@ -92,7 +93,7 @@ def test_every_race_has_a_key_of_its_own_and_names_its_providers(options):
 
 def test_a_built_race_has_the_providers_that_were_announced():
     for entry in entries(QUICK):
-        if entry.key.suite in ("scoring", "relu", "rank"):
+        if entry.key.suite in ("scoring", "relu", "rank", "batch_norm_relu"):
             race = entry.build(entry.key)
             there = [provider.name for provider in race.providers] + [name for name, _ in race.skipped]
             assert sorted(there) == sorted(entry.providers)
@@ -198,3 +199,25 @@ def test_a_mask_with_one_score_too_few_is_refused():
         assert provider.check(mask, 0) == 0
         mask[mask.nonzero()[0]] = False
         assert provider.check(mask, 0) == math.inf
+
+
+@pytest.mark.parametrize("entry", batch_norm_relu.entries(QUICK), ids=lambda entry: entry.key.op)
+def test_a_normalisation_with_a_wrong_gradient_or_sum_is_refused(entry):
+    race = entry.build(entry.key)
+    backward = "back" in entry.key.op
+    with_sums = next(provider for provider in race.providers if provider.name == batch_norm_relu.WITH_SUMS)
+    mine = dataclasses.replace(
+        with_sums,
+        name="ours",
+        run=lambda given: batch_norm_relu.pass_of(batch_norm_relu.ours, given, backward=backward),
+    )
+    for provider in (*race.providers, mine):
+        with provider.context():
+            tensors, given = provider.run(race.inputs[0])
+        assert provider.check((tensors, given), 0) <= 1, provider.name
+        for number, tensor in enumerate(tensors):
+            wrong = [*tensors[:number], tensor.flip(1) if tensor.dim() > 1 else tensor.flip(0), *tensors[number + 1 :]]
+            assert provider.check((wrong, given), 0) > 1, provider.name
+        if backward and provider.name != "torch":
+            given.sums[1:].zero_()
+            assert provider.check((tensors, given), 0) > 1, provider.name
