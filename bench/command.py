@@ -148,7 +148,8 @@ def _race(entry: Entry, options: Options, ceilings: Ceilings, record: dict[str, 
     for reason in raced.broken:
         print(f"    BROKEN {reason}", file=sys.stderr)
     del race
-    gc.collect()
+    if not options.quick:
+        gc.collect()
     if options.cuda:
         torch.cuda.empty_cache()
     return raced

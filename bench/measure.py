@@ -168,7 +168,7 @@ def time_all(
     samples = [[one.seconds * 1e6] if one.seconds >= LONG_S else [] for one, _ in samplers]
     counts = [_rounds(race, one, len(samplers), options) for one, _ in samplers]
     most = max(counts, default=0)
-    with _no_garbage_collection():
+    with _no_garbage_collection(options):
         for turn in range(most):
             # Every other round backwards, so that nobody always comes after the same one.
             for index, (one, sample) in list(enumerate(samplers))[:: -1 if turn % 2 else 1]:
@@ -258,8 +258,9 @@ def _one_call(provider: Provider, inputs: Any, options: Options) -> float:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
+def _no_garbage_collection(options: Options) -> Iterator[None]:
+    if not options.quick:
+        gc.collect()
     gc.disable()
     try:
         yield

@@ -60,8 +60,8 @@ STEP_US = 45_000.0
 """A plain eager step of ResNet-50 at batch 256: 30,200 by bytes and FLOPs, at two thirds of both ceilings."""
 
 SCORING_US = {"ours:taylor_fo": 60.0, "ours:taylor_weight": 60.0, "ours:magnitude": 60.0, "ours:taylor_fg": 600.0}
-"""What scoring adds to it: a pass over the parameters; or sums that ride on the backward passes of 49 ReLUs, 2 % of them,
-and some ten small kernels for each of 37 groups. By passes of its own over activations it would be 2,300."""
+"""What scoring adds to it: a pass over the parameters; or sums that ride on the backward passes of 49 ReLUs, 2 % of
+those, and some ten small kernels for each of 37 groups. By passes of its own over activations it would be 2,300."""
 
 
 def predicted_us(row: Row) -> float | None:

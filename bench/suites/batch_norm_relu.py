@@ -22,7 +22,10 @@ OP = "batch_norm_relu"
 MOMENTUM, EPS = 0.1, 1e-5
 WITH_SUMS = "torch+sums"
 ALLOWED = {"float32": 2.0**-17, "bfloat16": 2.0**-6}
-"""Of the norm of the exact result: the rounding of outputs that are stored in this type, and of what they come from."""
+"""Of the norm of the exact result: the rounding of outputs that are stored in this type."""
+
+ALLOWED_PEER = {"float32": 2.0**-17, "bfloat16": 2.0**-3}
+"""The same for separate ops, which round before they add: the ReLU of one element in some hundreds is turned then."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +116,18 @@ def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool
     count = input_sets(3 * size, cache_bytes(options.device), least=1 if options.quick else 2)
     inputs = [inputs_of(case, residual, options.device, seed) for seed in range(count)]
     truth = [exact(given, backward=backward) for given in inputs]
-    allowed = ALLOWED[key.dtype]
 
-    def check(result: tuple[list[Tensor], Inputs], index: int) -> float:
-        pairs = zip(result[0], truth[index][0], strict=True)
-        return worst_of(distance(actual, expected, allowed) for actual, expected in pairs)
+    def check(allowed: float, *, sums: bool) -> Callable[[tuple[list[Tensor], Inputs], int], float]:
+        def worst(result: tuple[list[Tensor], Inputs], index: int) -> float:
+            pairs = list(zip(result[0], truth[index][0], strict=True))
+            if sums and backward:
+                pairs.append((result[1].sums, truth[index][1]))
+            return worst_of(distance(actual, expected, allowed) for actual, expected in pairs)
 
-    def check_sums(result: tuple[list[Tensor], Inputs], index: int) -> float:
-        found = [check(result, index)]
-        if backward:
-            found.append(distance(result[1].sums, truth[index][1], allowed))
-        return worst_of(found)
+        return worst
+
+    check_sums, check_ours = (check(table[key.dtype], sums=True) for table in (ALLOWED_PEER, ALLOWED))
+    check_plain = check(ALLOWED_PEER[key.dtype], sums=False)
 
     def clear() -> None:
         for given in inputs:
@@ -132,8 +136,8 @@ def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool
     def run(layer: Layer) -> Callable[[Inputs], tuple[list[Tensor], Inputs]]:
         return lambda given: pass_of(layer, given, backward=backward)
 
-    providers, skipped = our_providers(f"{OP}_forward", options, run(ours), check_sums, before=clear)
-    providers.append(Provider("torch", run(separate), check, "leaves no sums"))
+    providers, skipped = our_providers(f"{OP}_forward", options, run(ours), check_ours, before=clear)
+    providers.append(Provider("torch", run(separate), check_plain, "leaves no sums"))
     providers.append(Provider(WITH_SUMS, run(scored), check_sums, context=preceded_by(clear)))
     if compile_too:
         x, weight, bias = inputs[0].parameters[:3]
@@ -141,7 +145,7 @@ def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool
         if isinstance(fast, str):
             skipped.append(("torch.compile", fast))
         else:
-            providers.append(Provider("torch.compile", run(fast), check, "leaves no sums"))
+            providers.append(Provider("torch.compile", run(fast), check_plain, "leaves no sums"))
     # x twice and y; on the way back x and the gradient twice and gx; the residual, on the way back y and its gradient.
     passes = (3 + residual) + backward * (5 + 2 * residual)
     return Race(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import importlib.util
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from taylor_cuda.bench import __main__ as module
-from taylor_cuda.bench import command
+from taylor_cuda.bench import command, environment
 from taylor_cuda.bench.environment import ROOT
 from taylor_cuda.bench.race import Options
 from taylor_cuda.bench.report import markdown, text
@@ -190,18 +189,21 @@ def test_the_text_of_a_run():
     assert text([]) == ""
 
 
-def test_installed_rows_go_under_the_working_directory(tmp_path):
+def loaded(path):
+    spec = importlib.util.spec_from_file_location("loaded", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_installed_rows_go_under_the_working_directory(tmp_path, monkeypatch):
     """The package elsewhere than in a source tree: no git is asked, no site-packages written to."""
-    code = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('moved', {str(tmp_path / 'moved.py')!r})\n"
-        "moved = importlib.util.module_from_spec(spec); spec.loader.exec_module(moved)\n"
-        "print(moved.IN_SOURCE_TREE, moved.repository_state())\n"
-        "import taylor_cuda.bench.environment as real\n"
-        "real.IN_SOURCE_TREE = False\n"
-        "import taylor_cuda.bench.rows as rows\n"
-        "print(rows.RESULTS)\n"
-    )
-    (tmp_path / "moved.py").write_text((ROOT / "bench" / "environment.py").read_text())
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.splitlines() == ["False (None, None)", str(Path("bench") / "results")]
+    moved = tmp_path / "site-packages" / "bench" / "environment.py"
+    moved.parent.mkdir(parents=True)
+    moved.write_text((ROOT / "bench" / "environment.py").read_text())
+    assert not loaded(moved).IN_SOURCE_TREE
+    assert loaded(moved).repository_state() == (None, None)
+    monkeypatch.setattr(environment, "IN_SOURCE_TREE", False)
+    assert Path("bench") / "results" == loaded(ROOT / "bench" / "rows.py").RESULTS
+    monkeypatch.setattr(environment, "IN_SOURCE_TREE", True)
+    assert loaded(ROOT / "bench" / "rows.py").RESULTS == ROOT / "bench" / "results"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from taylor_cuda.bench import command
+from taylor_cuda.bench.__main__ import main
 from taylor_cuda.bench.environment import ROOT
 from taylor_cuda.bench.race import Options
 from taylor_cuda.bench.rows import check_row, read_rows
@@ -27,11 +28,10 @@ def run_bench(*arguments, module="taylor_cuda.bench"):
     return subprocess.run(command_line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_quick_run_writes_whole_rows_and_a_second_appends(tmp_path):
     """Tiny shapes through everything: command line, check, rounds, rows, table."""
-    quick = ("--quick", "--suite", "scoring", "--results", tmp_path, "--seconds", 0.01)
-    done = run_bench(*quick)
-    assert done.returncode == 0, done.stderr
+    assert main(["--quick", "--suite", "scoring", "--results", str(tmp_path), "--seconds", "0.01"]) == 0
     path = tmp_path / "cpu" / "scoring.jsonl"
     first = path.read_bytes()
     rows = read_rows(tmp_path)
