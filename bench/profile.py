@@ -54,9 +54,7 @@ def by_class(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
     for event in events:
         if event.device_type == DeviceType.CPU:
             # A named range has a shadow on the device, as long as all that runs in it.
-            own = [
-                kernel.duration for kernel in event.kernels if kernel.name != event.name and not _is_range(kernel.name)
-            ]
+            own = [kernel.duration for kernel in event.kernels if not _is_range(kernel.name)]
             totals[class_of(event)] += sum(own) if on_gpu else event.self_cpu_time_total
         elif not _is_range(event.name):
             seen += event.time_range.elapsed_us()

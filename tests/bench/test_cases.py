@@ -14,7 +14,7 @@ from taylor_cuda.bench.cases import (
     resnet_gates,
     resnet_parameters,
 )
-from taylor_cuda.bench.suites.scoring import exact, torch_line
+from taylor_cuda.bench.suites.scoring import PEERS, exact, torch_line
 from taylor_cuda.bench.suites.weights import TINY, parameter_set, per_layer
 from taylor_cuda.ops import reference
 
@@ -128,3 +128,11 @@ def test_the_peers_line_is_the_definition(op, case):
     inputs = tuple(x.double() for x in case.inputs("cpu", 0))
     expected, _ = exact(inputs).of(op, "float32")
     torch.testing.assert_close(torch_line(op)(*inputs), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, peers in PEERS.items() for name in peers])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
+def test_further_peers_compute_the_same(op, name, case):
+    inputs = tuple(x.float() for x in case.inputs("cpu", 0))
+    expected, _ = exact(inputs).of(op, "float32")
+    torch.testing.assert_close(PEERS[op][name](*inputs).double(), expected, rtol=1e-4, atol=1e-5)
