@@ -21,18 +21,24 @@ lint: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,train,bench]"
-	$(BIN)/python -m bench --check
+	$(BIN)/taylor-cuda bench --check --plot
 
 coverage: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,train,bench]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m taylor_cuda.bench.coverage
 
-# On a machine with a GPU, whose own Python has a CUDA build of torch, Triton, ninja, pybind11 and pytest: nothing is downloaded.
+# On a machine with a GPU, whose own Python has a CUDA build of torch, Triton, ninja, pybind11 and pytest: nothing is downloaded, and
+# what is missing of torchvision, torch-pruning and matplotlib is said and left out. Within nine minutes: the libraries, the tests of
+# the kernels (three minutes at most), then rows, the most telling ones first, for as long as there is time.
+# BUILD=none takes the libraries that lie in taylor_cuda/ already, built elsewhere from the same sources.
+BUILD ?= cuda
 device:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make device needs a GPU that torch can use'"
-	PIP_BREAK_SYSTEM_PACKAGES=1 TAYLOR_CUDA_BUILD=cuda $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	status=0; $(PYTHON) -m pytest tests/gpu tests/ops -q --timeout 240 -p no:cacheprovider || status=$$?; \
-	$(PYTHON) -m bench --device cuda --time-limit 240 || status=$$?; exit $$status
+	start=$$(date +%s); status=0; \
+	PIP_BREAK_SYSTEM_PACKAGES=1 TAYLOR_CUDA_BUILD=$(BUILD) $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e . || exit 1; \
+	timeout 180 $(PYTHON) -m pytest -o addopts= -p no:cacheprovider -q -m gpu tests/gpu || status=$$?; \
+	$(PYTHON) -u -m taylor_cuda.bench --device cuda --plot --time-limit $$((525 - $$(date +%s) + start)) || status=$$?; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info taylor_cuda/*.so

@@ -21,7 +21,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
 FOLDERS = ("ops", "graph", "importance", "planning", "surgery", "train", "report", "cli")
-PACKAGES = ["taylor_cuda", *(f"taylor_cuda.{folder}" for folder in FOLDERS), "taylor_cuda.kernels"]
+BESIDE = ("kernels", "bench", "bench.suites", "bench.coverage")  # beside the package's folder, installed in it
+PACKAGES = ["taylor_cuda", *(f"taylor_cuda.{folder}" for folder in (*FOLDERS, *BESIDE))]
 TORCH_LIBRARIES = ("_C", "_C_cuda")  # loaded by torch, not by Python: no Python ABI in their names
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DTORCH_STABLE_ONLY"]  # torch 2.11 and all later ones
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
@@ -208,7 +209,7 @@ def native() -> dict[str, Any]:
 
 setup(
     packages=PACKAGES,
-    package_dir={"taylor_cuda": "taylor_cuda", "taylor_cuda.kernels": "kernels"},
+    package_dir={"taylor_cuda": "taylor_cuda", "taylor_cuda.kernels": "kernels", "taylor_cuda.bench": "bench"},
     package_data={"taylor_cuda": ["py.typed", "*.pyi"]},
     **native(),
 )

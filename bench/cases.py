@@ -9,7 +9,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+from taylor_cuda.bench.resnet import DEPTHS
+
+BLOCKS = {name: blocks for name, blocks in DEPTHS.items() if name not in ("tiny", "resnet18")}
+"""Blocks in each stage of those built from bottlenecks."""
 
 LAYOUTS = ("nchw", "channels_last", "tokens", "rows")
 

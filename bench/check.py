@@ -1,73 +1,179 @@
-"""The figures this package promises on a CPU, and whether a run kept them."""
+"""The figures this package promises, and whether the rows of a run kept them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from bench.race import Entry, Key
-from bench.rows import Row
+from taylor_cuda.bench.predictions import beside
+from taylor_cuda.bench.race import Entry, Key
+from taylor_cuda.bench.rows import Row
 
-WITHIN = 1 / 1.3
-"""A ratio of at least this is "within 1.3 times the peer's time"."""
-
-OURS = ("ours", "ours:native")
 KEY_NAMES = [field.name for field in fields(Key)]
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """One promise: the ratio to a peer is at least ``least``, or, without a peer, the median is at most ``most_ms``."""
+class Promise:
+    """Something about our rows of one race.
+
+    Attributes:
+        key: of the race.
+        provider: of ours; without one the fastest that is an op's backend.
+        timer: of the rows; without one whichever there is.
+    """
 
     key: Key
-    peer: str | None = None
-    least: float = 0.0
-    most_ms: float = float("inf")
+    provider: str | None = None
+    timer: str | None = None
 
-    def verdict(self, rows: Sequence[Row]) -> tuple[bool, str]:
-        """Whether it was kept by the rows of a run, and a sentence about it."""
-        wanted = f"at most {self.most_ms:g} ms" if self.peer is None else f"at least {self.least:.3g} x {self.peer}"
-        mine = [row for row in rows if Key(*(row[name] for name in KEY_NAMES)) == self.key and row["provider"] in OURS]
+    def wanted(self) -> str:
+        """The promise in words."""
+        raise NotImplementedError
+
+    def judged(self, row: Row, rows: Sequence[Row]) -> tuple[bool, str]:
+        """Whether our ``row`` keeps it, and what it says; ``rows`` are all of the race."""
+        raise NotImplementedError
+
+    def verdict(self, rows: Sequence[Row]) -> tuple[bool, str] | None:
+        """Whether the rows of a run keep it, and a sentence about it; ``None`` where it was not measured."""
+        of_race = [row for row in rows if self._is_about(row)]
+        mine = [row for row in of_race if self._is_ours(row["provider"])]
         if not mine:
-            return False, f"{self.key}: not measured, wanted {wanted}"
-        best = min(mine, key=lambda row: row["median_us"])
-        if self.peer is None:
-            median = best["median_us"] * 1e-3
-            return median <= self.most_ms, f"{self.key}: {median:.3g} ms, wanted {wanted}"
-        if self.peer not in best["ratios"]:
-            return False, f"{self.key}: {self.peer} was not measured, wanted {wanted}"
-        ratio = best["ratios"][self.peer]
-        return ratio >= self.least, f"{self.key}: {ratio:.3g} x {self.peer}, wanted {wanted}"
+            return None
+        row = min(mine, key=lambda row: float(row["median_us"]))
+        good, found = self.judged(row, of_race)
+        who = "" if row["provider"] == "ours" else f" {row['provider']}"
+        return good, f"{self.key}{who}: {found}, wanted {self.wanted()}{beside(row)}"
+
+    def _is_about(self, row: Row) -> bool:
+        return Key(*(row[name] for name in KEY_NAMES)) == self.key and self.timer in (None, row.get("timer"))
+
+    def _is_ours(self, provider: str) -> bool:
+        return provider == self.provider if self.provider else provider in BACKENDS
 
 
-def _activation(layout: str) -> list[Threshold]:
-    key = Key("scoring", "channel_importance", "64x256x28x28", "float32", layout)
-    return [Threshold(key, "torch", 3.5), Threshold(key, "torch.dot", WITHIN)]
+BACKENDS = ("ours", "ours:native", "ours:cuda", "ours:triton")
 
 
-def _parameters(side: str) -> list[Threshold]:
-    key = Key("scoring", "weight_importance", f"resnet50:{side}")
-    return [Threshold(key, "torch.dot", WITHIN), Threshold(key, "torch", 1.3)]
+@dataclass(frozen=True)
+class Faster(Promise):
+    """A peer takes at least ``least`` times as long."""
+
+    peer: str = ""
+    least: float = 1.0
+
+    def wanted(self) -> str:
+        """The promise in words."""
+        return f"at least {self.least:.3g} x {self.peer}"
+
+    def judged(self, row: Row, rows: Sequence[Row]) -> tuple[bool, str]:
+        """By the ratio that stands in the row."""
+        if self.peer not in row["ratios"]:
+            return False, f"{self.peer} was not measured"
+        ratio = row["ratios"][self.peer]
+        return ratio >= self.least, f"{ratio:.3g} x {self.peer}"
 
 
-THRESHOLDS = (
-    *_activation("nchw"),
-    *_activation("channels_last"),
-    *_parameters("readers"),
-    *_parameters("writers"),
-    Threshold(Key("network", "taylor_fo", "resnet50"), "torch-pruning", 15.0),
-    Threshold(Key("planner", "plan", "resnet101"), most_ms=50.0),
-    Threshold(Key("graph", "trace", "resnet50"), most_ms=1000.0),
-    Threshold(Key("graph", "trace", "densenet201"), most_ms=3000.0),
-)
+@dataclass(frozen=True)
+class Within(Promise):
+    """Ours takes at most ``most`` times as long as a peer."""
+
+    peer: str = ""
+    most: float = 1.0
+
+    def wanted(self) -> str:
+        """The promise in words."""
+        return f"at most {self.most:g} of the time of {self.peer}"
+
+    def judged(self, row: Row, rows: Sequence[Row]) -> tuple[bool, str]:
+        """By the medians; with the 95 % interval, which is that of the peer's time over ours."""
+        if self.peer not in row["ratios"]:
+            return False, f"{self.peer} was not measured"
+        factor = 1 / row["ratios"][self.peer]
+        low, high = (1 / bound for bound in reversed(row["intervals"][self.peer]))
+        return factor <= self.most, f"{factor:.4f} [{low:.4f}, {high:.4f}] over {row['rounds']} rounds"
 
 
-def needed(entries: Sequence[Entry]) -> list[Entry]:
-    """The races that the thresholds are about."""
-    wanted = {threshold.key for threshold in THRESHOLDS}
+@dataclass(frozen=True)
+class Takes(Promise):
+    """A median of at most ``most_us`` microseconds."""
+
+    most_us: float = 0.0
+
+    def wanted(self) -> str:
+        """The promise in words."""
+        return f"at most {_time(self.most_us)}"
+
+    def judged(self, row: Row, rows: Sequence[Row]) -> tuple[bool, str]:
+        """By the median."""
+        return row["median_us"] <= self.most_us, _time(row["median_us"])
+
+
+@dataclass(frozen=True)
+class Bandwidth(Promise):
+    """At least ``least`` of the copy rate that the same run measured."""
+
+    least: float = 0.0
+
+    def wanted(self) -> str:
+        """The promise in words."""
+        return f"at least {self.least:.0%} of the copy rate"
+
+    def judged(self, row: Row, rows: Sequence[Row]) -> tuple[bool, str]:
+        """By the least bytes there are to move."""
+        share = (row["gb_per_s"] or 0.0) / row["ceiling_gb_per_s"]
+        return share >= self.least, f"{share:.1%} of the copy rate"
+
+
+@dataclass(frozen=True)
+class Memory(Promise):
+    """At most ``most_bytes`` more than a peer, of what a call takes and of what is kept between calls together."""
+
+    peer: str = ""
+    most_bytes: int = 0
+
+    def wanted(self) -> str:
+        """The promise in words."""
+        return f"at most {self.most_bytes:,} bytes more than {self.peer}"
+
+    def judged(self, row: Row, rows: Sequence[Row]) -> tuple[bool, str]:
+        """By ``peak_bytes`` and ``held_bytes`` of both."""
+        peers = [other for other in rows if other["provider"] == self.peer]
+        used = [_bytes(one) for one in (row, *peers[:1])]
+        if len(used) < 2 or used[0] is None or used[1] is None:
+            return False, "memory was not measured"
+        extra = used[0] - used[1]
+        return extra <= self.most_bytes, f"{extra:,} bytes more"
+
+
+def _bytes(row: Row) -> int | None:
+    peak, held = row.get("peak_bytes"), row.get("held_bytes")
+    return None if peak is None or held is None else int(peak + held)
+
+
+def _time(microseconds: float) -> str:
+    return f"{microseconds:.3g} us" if microseconds < 1000 else f"{microseconds * 1e-3:.3g} ms"
+
+
+def needed(entries: Sequence[Entry], promises: Sequence[Promise]) -> list[Entry]:
+    """The races that promises are about."""
+    wanted = {promise.key for promise in promises}
     return [entry for entry in entries if entry.key in wanted]
 
 
-def judge(rows: Sequence[Row], thresholds: Sequence[Threshold] = THRESHOLDS) -> list[tuple[bool, str]]:
-    """Every threshold's verdict on the rows of one run."""
-    return [threshold.verdict(rows) for threshold in thresholds]
+def judge(rows: Sequence[Row], promises: Sequence[Promise], *, only_measured: bool = False) -> list[tuple[bool, str]]:
+    """The verdicts on the rows of one run.
+
+    Args:
+        rows: of the run.
+        promises: about this kind of device.
+        only_measured: leave out promises about races that are not in ``rows``, instead of calling them missed.
+    """
+    found = []
+    for promise in promises:
+        verdict = promise.verdict(rows)
+        if verdict is not None:
+            found.append(verdict)
+        elif not only_measured:
+            found.append((False, f"{promise.key}: not measured, wanted {promise.wanted()}"))
+    return found

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+"""The source tree, where this is one: its pyproject.toml lies there. Otherwise the folder of installed packages."""
+
+IN_SOURCE_TREE = (ROOT / "pyproject.toml").is_file()
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -62,7 +65,9 @@ def cache_bytes(device: str) -> int:
 
 
 def repository_state() -> tuple[str | None, bool | None]:
-    """The commit, and whether the tree differs from it (the rows themselves don't count as a difference)."""
+    """The commit, and whether the tree differs from it (the rows themselves don't count); ``None`` once installed."""
+    if not IN_SOURCE_TREE:
+        return None, None
     commit = _run("git", "rev-parse", "HEAD")
     status = _run("git", "status", "--porcelain", "--", ".", ":(exclude)bench/results")
     return commit, None if status is None else bool(status)

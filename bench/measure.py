@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.race import Options, Provider, Race, WrongResultError
-from bench.rows import Row
+from taylor_cuda.bench.race import Options, Provider, Race, WrongResultError
+from taylor_cuda.bench.rows import Row
 
 MIN_SAMPLE_S = {"cpu": 2e-3, "cuda": 1e-3}
 """A sample is at least this long, made of several calls where one is shorter."""
@@ -41,12 +41,14 @@ class Checked:
         error: worst error as a share of what is allowed.
         seconds: one call after the check, so that nothing is compiled or allocated for the first time in it.
         peak_bytes: memory above what there was before the call; ``None`` on a CPU.
+        held_bytes: memory that its making took and that its first calls left behind; ``None`` on a CPU.
     """
 
     provider: Provider
     error: float
     seconds: float
     peak_bytes: int | None
+    held_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,31 +65,55 @@ class Timing:
         return percentile(self.samples, 0.5)
 
 
-def run_race(race: Race, options: Options, ceilings: Ceilings, record: dict[str, Any]) -> tuple[list[Row], list[str]]:
+@dataclass(frozen=True)
+class Raced:
+    """What came out of a race.
+
+    Attributes:
+        rows: of those who were right.
+        left_out: a sentence for each peer that took no part.
+        broken: a sentence for each of ours that was wrong, raised, or can't be timed in a way that it should.
+    """
+
+    rows: list[Row]
+    left_out: list[str]
+    broken: list[str]
+
+
+def run_race(race: Race, options: Options, ceilings: Ceilings, record: dict[str, Any]) -> Raced:
     """Check everybody, time those who were right.
 
-    Returns:
-        The rows, and a sentence for each peer that took no part.
+    A kernel of ours that fails costs the other one of the same op no row, but the run is no good one.
 
     Raises:
-        WrongResultError: one of ours was wrong; nothing is timed then.
+        WrongResultError: all of ours were wrong; nothing is timed then. Or what the first of them raised.
     """
     left_out = [f"{name}: {reason}" for name, reason in race.skipped]
-    checked = []
+    broken: list[str] = []
+    checked, errors = [], []
     for provider in race.providers:
         try:
             checked.append(check(race, provider, options))
         except Exception as error:
-            # A peer may fail in any way it likes; ours may not.
             if provider.ours:
-                raise
-            left_out.append(f"{provider.name}: {_short(error)}")
+                errors.append(error)
+            (broken if provider.ours else left_out).append(f"{provider.name}: {_short(error)}")
+    if errors and not any(one.provider.ours for one in checked):
+        raise errors[0]
     rows: list[Row] = []
     for timer in race.timers if options.cuda else ("wall",):
         timings, failed = time_all(race, checked, timer, options)
-        left_out += failed
+        for one, sentence in failed:
+            (broken if one.provider.ours else left_out).append(sentence)
         rows += [make_row(race, timing, timings, options, ceilings, record) for timing in timings]
-    return rows, left_out
+    for provider in (one.provider for one in checked):
+        if provider.split is not None:
+            with provider.context():
+                split = {name: _digits(spent) for name, spent in provider.split().items()}
+            for row in rows:
+                if row["provider"] == provider.name:
+                    row["split"] = split
+    return Raced(rows, left_out, broken)
 
 
 def check(race: Race, provider: Provider, options: Options) -> Checked:
@@ -97,6 +123,7 @@ def check(race: Race, provider: Provider, options: Options) -> Checked:
         WrongResultError: it is further off than allowed anywhere, or not a number.
     """
     worst = 0.0
+    start = torch.cuda.memory_allocated() if options.cuda else 0
     for index, inputs in enumerate(race.inputs):
         with provider.context():
             result = provider.run(inputs)
@@ -110,11 +137,15 @@ def check(race: Race, provider: Provider, options: Options) -> Checked:
         before = torch.cuda.memory_allocated()
     with provider.context():
         seconds = _one_call(provider, race.inputs[0], options)
-    peak = torch.cuda.max_memory_allocated() - before if options.cuda else None
-    return Checked(provider, worst, seconds, peak)
+    if not options.cuda:
+        return Checked(provider, worst, seconds, None)
+    held = provider.built_bytes + before - start
+    return Checked(provider, worst, seconds, torch.cuda.max_memory_allocated() - before, held)
 
 
-def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Options) -> tuple[list[Timing], list[str]]:
+def time_all(
+    race: Race, checked: Sequence[Checked], timer: str, options: Options
+) -> tuple[list[Timing], list[tuple[Checked, str]]]:
     """Sample everybody in turns.
 
     Args:
@@ -125,7 +156,7 @@ def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Option
         options: gives the time there is.
 
     Returns:
-        A timing for each, and a sentence for each that can't be timed in this way.
+        A timing for each, and whoever can't be timed in this way, with a sentence about it.
     """
     samplers: list[tuple[Checked, Callable[[], float]]] = []
     failed = []
@@ -133,13 +164,14 @@ def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Option
         try:
             samplers.append((one, _sampler(race, one, timer, options)))
         except Exception as error:
-            failed.append(f"{one.provider.name} ({timer}): {_short(error)}")
+            failed.append((one, f"{one.provider.name} ({timer}): {_short(error)}"))
     samples = [[one.seconds * 1e6] if one.seconds >= LONG_S else [] for one, _ in samplers]
     counts = [_rounds(race, one, len(samplers), options) for one, _ in samplers]
     most = max(counts, default=0)
-    with _no_garbage_collection():
+    with _no_garbage_collection(options):
         for turn in range(most):
-            for index, (one, sample) in enumerate(samplers):
+            # Every other round backwards, so that nobody always comes after the same one.
+            for index, (one, sample) in list(enumerate(samplers))[:: -1 if turn % 2 else 1]:
                 # Those with fewer turns take them spread over all rounds.
                 if turn * counts[index] // most == (turn - 1) * counts[index] // most:
                     continue
@@ -149,13 +181,12 @@ def time_all(race: Race, checked: Sequence[Checked], timer: str, options: Option
 
 
 def _rounds(race: Race, one: Checked, providers: int, options: Options) -> int:
-    """Turns of one provider in its share of the time; five at least, three where a call takes seconds."""
+    """Turns of one provider in its share of the time; five or the race's least, three where a call takes seconds."""
     if one.seconds >= LONG_S:
         return 0
     sample = max(one.seconds, MIN_SAMPLE_S[options.device])
     least = 5 if sample < 1.0 else 3
-    if options.quick:
-        least = min(least, 3)
+    least = min(least, 3) if options.quick else max(least, race.least)
     seconds = options.seconds if race.seconds is None else race.seconds
     return min(race.rounds, max(least, int(seconds / providers / sample)))
 
@@ -227,8 +258,9 @@ def _one_call(provider: Provider, inputs: Any, options: Options) -> float:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
+def _no_garbage_collection(options: Options) -> Iterator[None]:
+    if not options.quick:
+        gc.collect()
     gc.disable()
     try:
         yield
@@ -313,6 +345,8 @@ def make_row(
         "rounds": len(timing.samples),
         "error": _digits(timing.checked.error),
         "peak_bytes": timing.checked.peak_bytes,
+        "held_bytes": timing.checked.held_bytes,
+        "split": None,
         "note": provider.note,
         "quick": options.quick,
         **record,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,8 @@ class Provider:
         note: what a reader of the row has to know.
         context: entered around every call, outside the clock.
         bytes: the least it has to move, where that is not the race's figure.
+        built_bytes: memory of a GPU that making it took and that it keeps.
+        split: microseconds of one call by what they are spent on; taken after everybody was timed.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Provider:
     note: str = ""
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     bytes: int | None = None
+    built_bytes: int = 0
+    split: Callable[[], dict[str, float]] | None = None
 
     @property
     def ours(self) -> bool:
@@ -77,7 +81,7 @@ class Key:
         op: what is computed.
         case: shape or network.
         dtype: of the inputs.
-        layout: ``"nchw"``, ``"channels_last"``, ``"tokens"``, ``"rows"``, or ``"parameters"``.
+        layout: ``"nchw"``, ``"channels_last"``, ``"tokens"``, ``"rows"``, ``"scores"``, or ``"parameters"``.
     """
 
     suite: str
@@ -104,6 +108,7 @@ class Race:
         skipped: (name, reason) of those that can't take part.
         timers: on a GPU, ``"eager"`` (what a caller waits for) and ``"graph"`` (what keeps the device busy).
         rounds: at most.
+        least: rounds at least, whatever time they take; on a quick run as few as elsewhere.
         seconds: for all rounds together, where that is not the run's figure.
     """
 
@@ -116,6 +121,7 @@ class Race:
     skipped: Sequence[tuple[str, str]] = ()
     timers: tuple[str, ...] = ("eager",)
     rounds: int = 50
+    least: int = 0
     seconds: float | None = None
 
 
@@ -152,6 +158,12 @@ def worst_share(actual: Tensor, expected: Tensor, allowed: Tensor) -> float:
     # 16-bit inputs may have products below the smallest normal number, which hardware may flush.
     share = difference / (allowed + torch.finfo(torch.float32).tiny)
     return float(share.max()) if share.numel() else 0.0
+
+
+def worst_of(shares: Iterable[float]) -> float:
+    """The largest; NaN if any is NaN, which ``max`` would pass over."""
+    found = list(shares)
+    return float("nan") if any(share != share for share in found) else max(found)
 
 
 def of_square(expected: Tensor, allowed: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.rows import IDENTITY, Row, newest_rows
+from taylor_cuda.bench.rows import IDENTITY, Row, newest_rows
+from taylor_cuda.text import table
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -45,6 +46,41 @@ def _table(device: str, suite: str, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def text(rows: Sequence[Row]) -> str:
+    """The rows of one run for a terminal: a table for each suite and device, the same columns."""
+    tables: dict[str, list[Row]] = {}
+    for row in rows:
+        tables.setdefault(row["suite"], []).append(row)
+    return "\n\n".join(_text_table(suite, found) for suite, found in tables.items())
+
+
+def _text_table(suite: str, rows: list[Row]) -> str:
+    mine = [row for row in rows if row["provider"].startswith("ours")]
+    peers = list(dict.fromkeys(peer for row in mine for peer in row["ratios"]))
+    classes = list(dict.fromkeys(name for row in rows for name in row.get("split") or ()))
+    header = [suite, "provider", "timer", "median", "GB/s", "of copy", *(f"vs {peer}" for peer in peers), *classes]
+    cells = []
+    # A split says something about the plain step too.
+    for row in rows if classes or not mine else mine:
+        rate, split = row["gb_per_s"], row.get("split") or {}
+        case = " ".join((row["op"], row["case"], row["dtype"], row["layout"]))
+        cells.append(
+            [
+                case,
+                row["provider"].removeprefix("ours:"),
+                row["timer"],
+                _duration(row["median_us"]),
+                f"{rate:.0f}" if rate else "",
+                f"{rate / row['ceiling_gb_per_s']:.0%}" if rate else "",
+                *(_ratio(row, peer) for peer in peers),
+                *(_duration(split[name]) if name in split else "" for name in classes),
+            ]
+        )
+    empty = [column for column in range(len(header)) if not any(row[column] for row in cells)]
+    kept = [column for column in range(len(header)) if column not in empty]
+    return table([header[column] for column in kept], [[row[column] for column in kept] for row in cells])
+
+
 def _line(cells: Sequence[Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -53,7 +89,9 @@ def _ratio(row: Row, peer: str) -> str:
     ratio = row.get("ratios", {}).get(peer)
     if ratio is None:
         return ""
-    return f"{ratio:.3f}×" if row["suite"] == "step" else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
+    return (
+        f"{ratio:.3f}×" if row["suite"] in ("step", "profile") else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
+    )
 
 
 def _duration(microseconds: float) -> str:

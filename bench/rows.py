@@ -9,9 +9,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from bench.environment import ROOT
+from taylor_cuda.bench.environment import IN_SOURCE_TREE, ROOT
 
-RESULTS = ROOT / "bench" / "results"
+RESULTS = (ROOT if IN_SOURCE_TREE else Path()) / "bench" / "results"
+"""Where rows go unless another folder is named: into the source tree; once installed, under the working directory."""
 
 Row = dict[str, Any]
 
@@ -46,7 +47,9 @@ KEYS: dict[str, tuple[type, ...]] = {
 }
 
 # Rows have these too: the same ratio for every peer of the race, with its 95 % interval, how it was timed, how far the
-# checked result was from the reference (as a share of what was allowed), and the memory the call took for itself.
+# checked result was from the reference (as a share of what was allowed), the memory a call took for itself and gave
+# back, the memory that the provider keeps (its network and optimizer, what it collects), both beyond what others hold,
+# and what the microseconds of a call are spent on.
 MORE_KEYS: dict[str, tuple[type, ...]] = {
     "ratios": (dict,),
     "intervals": (dict,),
@@ -54,6 +57,8 @@ MORE_KEYS: dict[str, tuple[type, ...]] = {
     "rounds": (int,),
     "error": (float,),
     "peak_bytes": (int, NoneType),
+    "held_bytes": (int, NoneType),
+    "split": (dict, NoneType),
     "note": (str,),
     "quick": (bool,),
     "python": (str,),

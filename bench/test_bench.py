@@ -1,6 +1,6 @@
 """The small races through pytest-benchmark: ``pytest bench --benchmark-only``.
 
-Cases, checks and rows are those of ``python -m bench``.
+Cases, checks and rows are those of ``python -m taylor_cuda.bench``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from bench.environment import environment
-from bench.measure import Ceilings, Timing, check, make_row, measure_ceilings
-from bench.race import Options, Race
-from bench.rows import check_row
-from bench.suites import entries
+from taylor_cuda.bench.environment import environment
+from taylor_cuda.bench.measure import Ceilings, Timing, check, make_row, measure_ceilings
+from taylor_cuda.bench.race import Options, Race
+from taylor_cuda.bench.rows import check_row
+from taylor_cuda.bench.suites import entries
 
 OPTIONS = Options(quick=True)
 ENTRIES = {str(entry.key): entry for entry in entries(OPTIONS)}

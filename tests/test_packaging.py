@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+MAPPED = ("kernels", "bench")  # folders of the root that are installed as packages of taylor_cuda
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +66,10 @@ def test_wheel_without_native_code_holds_every_python_file(source: Path, tmp_pat
     assert wheel.name.endswith("-py3-none-any.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "taylor_cuda").rglob("*.py")}
-    expected |= {f"taylor_cuda/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"taylor_cuda/{path.relative_to(ROOT)}" for name in MAPPED for path in (ROOT / name).rglob("*.py")}
     assert expected | {"taylor_cuda/py.typed"} <= held
     assert not [name for name in held if name.startswith(("tests/", "bench/", "kernels/"))]
+    assert not [name for name in held if name.endswith((".jsonl", ".png"))]
 
 
 def test_source_archive_holds_everything_a_build_needs(source: Path, tmp_path: Path) -> None:
@@ -81,8 +83,8 @@ def test_source_archive_holds_everything_a_build_needs(source: Path, tmp_path: P
         for path in (ROOT / "csrc").rglob("*")
         if path.suffix in (".h", ".cpp", ".cu", ".cuh")
     }
-    kernels = {f"kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert native | kernels | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "taylor_cuda/py.typed"} <= held
+    python = {str(path.relative_to(ROOT)) for name in MAPPED for path in (ROOT / name).rglob("*.py")}
+    assert native | python | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "taylor_cuda/py.typed"} <= held
 
 
 def test_an_unknown_build_mode_is_refused(source: Path, tmp_path: Path) -> None:

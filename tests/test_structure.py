@@ -24,7 +24,7 @@ PACKAGE = ROOT / "taylor_cuda"
 
 # In the order in which a model flows through them: a stage may import from itself and from those before it.
 STAGES = ["errors", "text", "ops", "distributed", "graph", "importance", "planning", "surgery", "study", "pruner"]
-LATER = ["methods", "integrations", "train", "report", "cli"]
+LATER = ["methods", "integrations", "train", "report", "bench", "cli"]
 ORDER = {name: rank for rank, name in enumerate([*STAGES, *LATER])}
 TOP = {"__init__", "__main__", "info"}  # may import anything; nothing but cli imports info
 
@@ -45,22 +45,28 @@ def stage_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path: Path) -> None:
-    relative = path.relative_to(PACKAGE)
+def sources() -> dict[str, Path]:
+    """``{place in the package: file}``; bench/ lies beside the package and is installed as a part of it."""
+    package = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
+    return package | {str(path.relative_to(ROOT)): path for path in (ROOT / "bench").rglob("*.py")}
+
+
+@pytest.mark.parametrize(("place", "path"), sorted(sources().items()), ids=lambda value: str(value))
+def test_imports_point_one_way(place: str, path: Path) -> None:
+    relative = Path(place)
     stage = relative.parts[0].removesuffix(".py")
     for module in imports(path):
-        assert not module.startswith("kernels"), f"{path} imports kernels, which would be a second copy"
+        assert not module.startswith(("kernels", "bench")), f"{path} imports {module}, which would be a second copy"
         if not module.startswith("taylor_cuda") or stage in TOP:
             continue
         used = stage_of(module)
-        if stage == "cli" and used in ("info", "__version__", ""):
+        if stage in ("bench", "cli") and used in ("info", "__version__", ""):
             continue
         if used in ORDER:
             assert ORDER[used] <= ORDER[stage], f"{relative} imports {module}, which comes after it"
         else:
             assert used in taylor_cuda.__all__ or used == "", f"{relative} imports {module}, which has no stage"
-            assert stage == "cli", f"{relative} imports from the package itself: {module}"
+            assert stage in ("bench", "cli"), f"{relative} imports from the package itself: {module}"
 
 
 def test_every_stage_has_a_place() -> None:
@@ -148,9 +154,24 @@ def test_files_stay_short() -> None:
                 assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
 
 
-@pytest.mark.parametrize(
-    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
-)
-def test_linters_are_silent(command: list[str]) -> None:
-    result = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False, cwd=ROOT)
+def run_linter(*command: str, cwd: Path) -> None:
+    result = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False, cwd=cwd)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", [["ruff", "check", "."], ["ruff", "format", "--check", "."]], ids=" ".join)
+def test_linters_are_silent(command: list[str]) -> None:
+    run_linter(*command, cwd=ROOT)
+
+
+def test_types_are_right(tmp_path: Path) -> None:
+    """Of the package as it is installed: with bench/ in it."""
+    package = tmp_path / "taylor_cuda"
+    package.mkdir()
+    for path in PACKAGE.iterdir():
+        if path.name != "__pycache__":
+            (package / path.name).symlink_to(path.resolve())
+    if not (package / "bench").exists():
+        (package / "bench").symlink_to(ROOT / "bench")
+    cache = ROOT / ".mypy_cache" / "installed"
+    run_linter("mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(cache), cwd=tmp_path)

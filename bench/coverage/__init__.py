@@ -1,4 +1,4 @@
-"""``python -m bench.coverage``: what this package can prune of which network, and what Torch-Pruning does there.
+"""``python -m taylor_cuda.bench.coverage``: what this package can prune of which network, beside Torch-Pruning.
 
 For every network, with random weights, a batch of two, float32, on the CPU:
 

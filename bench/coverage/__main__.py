@@ -1,4 +1,4 @@
-"""``python -m bench.coverage``: examine every network, append the rows, write the table."""
+"""``python -m taylor_cuda.bench.coverage``: examine every network, append the rows, write the table."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.coverage import ours, peer
-from bench.coverage.networks import NETWORKS, SHORT, Network
-from bench.coverage.outcome import Outcome, shortcomings
-from bench.coverage.table import append, markdown
-from bench.environment import environment
-from bench.rows import RESULTS, read_rows
-from bench.suites.peers import installed
+from taylor_cuda.bench.coverage import ours, peer
+from taylor_cuda.bench.coverage.networks import NETWORKS, SHORT, Network
+from taylor_cuda.bench.coverage.outcome import Outcome, shortcomings
+from taylor_cuda.bench.coverage.table import append, markdown
+from taylor_cuda.bench.environment import environment
+from taylor_cuda.bench.rows import RESULTS, read_rows
+from taylor_cuda.bench.suites.peers import installed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,9 @@ def examine(network: Network, beside: bool) -> list[Outcome]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.coverage", description="What can be pruned of which network")
+    parser = argparse.ArgumentParser(
+        prog="python -m taylor_cuda.bench.coverage", description="What can be pruned of which network"
+    )
     names = [one.name for one in NETWORKS]
     parser.add_argument("--networks", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument(

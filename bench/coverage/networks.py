@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.suites.networks import images
+from taylor_cuda.bench.suites.networks import images
 
 BATCH = 2
 

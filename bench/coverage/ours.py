@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import taylor_cuda as tc
-from bench.coverage import compare
-from bench.coverage.networks import Network
-from bench.coverage.outcome import BUDGET, Outcome
+from taylor_cuda.bench.coverage import compare
+from taylor_cuda.bench.coverage.networks import Network
+from taylor_cuda.bench.coverage.outcome import BUDGET, Outcome
 from taylor_cuda.graph.groups import Groups
 
 OUTPUT = "an output of the network"

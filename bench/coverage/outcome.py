@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.rows import Row
+from taylor_cuda.bench.rows import Row
 
 BUDGET = 0.6
 WITHIN = 0.02

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from bench.coverage import compare
-from bench.coverage.networks import Network
-from bench.coverage.ours import build, describe
-from bench.coverage.outcome import Outcome
-from bench.environment import ROOT
-from bench.suites.peers import installed
+from taylor_cuda.bench.coverage import compare
+from taylor_cuda.bench.coverage.networks import Network
+from taylor_cuda.bench.coverage.ours import build, describe
+from taylor_cuda.bench.coverage.outcome import Outcome
+from taylor_cuda.bench.environment import ROOT
+from taylor_cuda.bench.suites.peers import installed
 
 LIMIT = 60
 RATIO = 0.25
@@ -33,7 +33,7 @@ RATIO = 0.25
 def examine_apart(network: Network) -> Outcome:
     """``examine`` in another process: it may run for ever, or take the interpreter down with it."""
     outcome = Outcome(network.name, network.source, network.shape, "torch-pruning")
-    command = [sys.executable, "-m", "bench.coverage", "--peer", network.name]
+    command = [sys.executable, "-m", "taylor_cuda.bench.coverage", "--peer", network.name]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=4 * LIMIT, check=False)
     except subprocess.TimeoutExpired:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench.coverage.outcome import BUDGET, TRACE_SECONDS, WITHIN
-from bench.rows import Row, newest_rows, results_file
+from taylor_cuda.bench.coverage.outcome import BUDGET, TRACE_SECONDS, WITHIN
+from taylor_cuda.bench.rows import Row, newest_rows, results_file
 
 HEADER = ("network", "input", "trace", "parameters", f"MACs (asked {BUDGET:g})", "cut vs masked", "verdict")
 PEER_HEADER = ("Torch-Pruning", "groups in", "parameters", "cut vs masked")
@@ -37,7 +37,10 @@ def markdown(rows: Sequence[Row], order: Sequence[str]) -> str:
     lines.append(_line(["---"] * (len(HEADER) + len(PEER_HEADER))))
     shown = [name for name in order if name in ours]
     lines += [_line([*_our_cells(ours[name]), *_peer_cells(theirs.get(name))]) for name in shown]
-    lines += ["", "Written by `python -m bench.coverage`, whose docstring says what each column is. " + _promise()]
+    lines += [
+        "",
+        "Written by `python -m taylor_cuda.bench.coverage`, whose docstring says what each column is. " + _promise(),
+    ]
     lines += [_runs([*ours.values(), *theirs.values()]), "", "## What stays, besides the outputs", ""]
     for name in shown:
         for reason, size in ours[name]["frozen"]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from bench.race import Entry, Options
-from bench.suites import graph, network, planner, scoring, step, weights
+from taylor_cuda.bench.race import Entry, Options
+from taylor_cuda.bench.suites import batch_norm_relu, graph, network, planner, rank, relu, scoring, step, weights
 
-SUITES = ("scoring", "network", "planner", "graph", "step")
+MODULES = (scoring, weights, relu, batch_norm_relu, rank, network, planner, graph, step)
 
 
 def entries(options: Options) -> list[Entry]:
     """Every race of a run on this device, the most important ones first."""
-    found = [entry for module in (scoring, weights, network, planner, graph, step) for entry in module.entries(options)]
+    found = [entry for module in MODULES for entry in module.entries(options)]
     return sorted(found, key=lambda entry: entry.priority)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.race import Entry, Key, Options, Provider, Race
-from bench.suites.networks import images, make
-from bench.suites.peers import installed
+from taylor_cuda.bench.race import Entry, Key, Options, Provider, Race
+from taylor_cuda.bench.suites.networks import images, make
+from taylor_cuda.bench.suites.peers import installed
 from taylor_cuda.graph import trace
 from taylor_cuda.graph.groups import Groups
 

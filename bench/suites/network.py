@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import BLOCKS, ActivationCase, resnet_gates
-from bench.race import ALLOWED, Entry, Key, Options, Provider, Race, of_square, worst_share
-from bench.suites.graph import torch_pruning_groups
-from bench.suites.networks import images, make, with_gradients
-from bench.suites.peers import installed, our_names, ours, using
-from bench.suites.scoring import Exact, exact
 from taylor_cuda import ops
+from taylor_cuda.bench.cases import BLOCKS, ActivationCase, resnet_gates
+from taylor_cuda.bench.race import ALLOWED, Entry, Key, Options, Provider, Race, of_square, worst_of, worst_share
+from taylor_cuda.bench.suites.graph import torch_pruning_groups
+from taylor_cuda.bench.suites.networks import images, make, with_gradients
+from taylor_cuda.bench.suites.peers import installed, our_names, our_providers
+from taylor_cuda.bench.suites.scoring import Exact, exact
 from taylor_cuda.graph import trace
 from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
 from taylor_cuda.importance import Importance
@@ -102,12 +102,8 @@ def build(key: Key, size: int, batch: int, options: Options) -> Race:
 
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
     gradients = gradients_of(model, torch.float32)
-    providers, skipped = [], []
-    for name, backend in ours("weight_importance", options).items():
-        if backend is None:
-            skipped.append((name, "not built here"))
-        else:
-            providers.append(Provider(name, scored, check_scores, "Importance.update(), .scores()", using(backend)))
+    note = "Importance.update(), .scores()"
+    providers, skipped = our_providers("weight_importance", options, scored, check_scores, note)
     plain = Provider(
         "torch",
         lambda _: by_layer(groups, tensors, gradients, criterion),
@@ -180,7 +176,7 @@ def with_activations(network: str, batch: int, options: Options) -> list[Provide
 
     def check(op: str, dtype: str) -> Callable[[list[Tensor], int], float]:
         def worst(result: list[Tensor], _index: int) -> float:
-            return max(worst_share(one, *this.of(op, dtype)) for one, this in zip(result, exacts, strict=True))
+            return worst_of(worst_share(one, *this.of(op, dtype)) for one, this in zip(result, exacts, strict=True))
 
         return worst
 
@@ -222,7 +218,7 @@ def entries(options: Options) -> list[Entry]:
     """The scoring pass of each criterion that needs no activation."""
     network, size, batch = "resnet50", 224, 256 if options.cuda else 8
     if options.quick:
-        network, size, batch = "resnet18", 64, 2
+        network, size, batch = "tiny", 64, 2
     found = []
     for criterion in CRITERIA:
         names = [*our_names("weight_importance", options), "torch"]

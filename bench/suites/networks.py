@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.suites.peers import installed
+from taylor_cuda.bench.resnet import DEPTHS, ResNet
+from taylor_cuda.bench.suites.peers import installed
 
 
 class MissingPeerError(RuntimeError):
@@ -15,16 +16,16 @@ class MissingPeerError(RuntimeError):
 
 
 def make(network: str, seed: int = 0) -> nn.Module:
-    """A torchvision network with random weights and random normalisation parameters, in training mode.
+    """A network by torchvision's name, with random weights and random normalisation parameters, in training mode.
 
     At PyTorch's own initial values (γ = 1, β = 0) half of the terms of a score would be zeros.
     """
-    models: Any = installed("torchvision.models")
-    if models is None:
-        raise MissingPeerError("torchvision is not installed")
+    models: Any = None if network in DEPTHS else installed("torchvision.models")
+    if network not in DEPTHS and models is None:
+        raise MissingPeerError(f"{network} is torchvision's, which is not installed")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = getattr(models, network)(weights=None)
+        model: nn.Module = ResNet(network) if network in DEPTHS else getattr(models, network)(weights=None)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-from bench.race import Options
+from taylor_cuda.bench.race import Options, Provider
 from taylor_cuda.ops import backends
 
 CUDA_NAMES = {"ours:cuda": "native", "ours:triton": "triton"}
 CPU_NAMES = {"ours:native": "native"}
+WITHOUT_TRITON = ("weight_importance", "keep_mask")
+WITHOUT_CUDA = ("batch_norm_relu_forward",)
 
 
 def our_names(op: str, options: Options) -> list[str]:
     """Our providers of an op on this kind of device, whether they were built or not."""
-    if op == "weight_importance" and options.cuda:
+    if op in WITHOUT_TRITON and options.cuda:
         return ["ours:cuda"]
+    if op in WITHOUT_CUDA and options.cuda:
+        return ["ours:triton"]
     return list(CUDA_NAMES if options.cuda else CPU_NAMES)
 
 
@@ -32,9 +37,48 @@ def ours(op: str, options: Options) -> dict[str, str | None]:
     }
 
 
-def using(backend: str) -> Callable[[], Any]:
-    """A context in which every op runs with ``backend``."""
-    return partial(backends.use, backend)
+def our_providers(
+    op: str,
+    options: Options,
+    run: Callable[[Any], Any],
+    check: Callable[[Any, int], float],
+    note: str = "",
+    before: Callable[[], Any] = lambda: None,
+) -> tuple[list[Provider], list[tuple[str, str]]]:
+    """A provider for every backend of an op that is there, and the name of every one that isn't, with the reason.
+
+    Args:
+        op: whose backends.
+        options: of the run.
+        run: does the job with whatever backend is in use.
+        check: as every provider has one.
+        note: for the rows.
+        before: done before every call, outside the clock.
+    """
+
+    @contextmanager
+    def using(backend: str) -> Iterator[None]:
+        with preceded_by(before)(), backends.use(backend):
+            yield
+
+    found = ours(op, options)
+    providers = [
+        Provider(name, run, check, note, context=partial(using, backend))
+        for name, backend in found.items()
+        if backend is not None
+    ]
+    return providers, [(name, "not built here") for name, backend in found.items() if backend is None]
+
+
+def preceded_by(before: Callable[[], Any]) -> Callable[[], AbstractContextManager[None]]:
+    """A provider's context in which nothing is different, but something was done before."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        before()
+        yield
+
+    return context
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | str:

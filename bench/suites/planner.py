@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.race import Entry, Key, Options, Provider, Race
-from bench.suites.networks import images, make
+from taylor_cuda.bench.race import Entry, Key, Options, Provider, Race
+from taylor_cuda.bench.suites.networks import images, make
 from taylor_cuda.graph import trace
 from taylor_cuda.graph.groups import check_keep
 from taylor_cuda.planning import native_planner, plan

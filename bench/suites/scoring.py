@@ -9,14 +9,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.cases import ActivationCase, flat_in_memory, input_sets, resnet_gates
-from bench.environment import cache_bytes
-from bench.race import ALLOWED, Entry, Key, Options, Provider, Race, of_square, worst_share
-from bench.suites.peers import compiled, our_names, ours, using
 from taylor_cuda import ops
+from taylor_cuda.bench.cases import ActivationCase, flat_in_memory, input_sets, resnet_gates
+from taylor_cuda.bench.environment import cache_bytes
+from taylor_cuda.bench.race import ALLOWED, Entry, Key, Options, Provider, Race, of_square, worst_share
+from taylor_cuda.bench.suites.peers import compiled, our_names, our_providers
 from taylor_cuda.ops import reference
 
 REDUCTIONS = ("batch", "sample", "abs", "element")
+VIT_B = (768, 3072)
+"""Widths of its residual stream and of the inside of an MLP."""
+
+WIDE = (16384, 4096)
+"""A linear layer's output."""
+
+BY_SIZE = ((256, 56, 56), (64, 56, 56), (512, 28, 28), (256, 14, 14), (512, 7, 7))
+"""Gates of 822, 206, 411, 51 and 26 MB of activation and gradient at batch 256 in 16 bits."""
+
 Inputs = tuple[Tensor, Tensor]
 
 
@@ -35,6 +44,9 @@ class Exact:
         if op == "channel_sums":
             return self.sums, allowed
         reduction = op.partition(":")[2] or "batch"
+        if reduction == "all":
+            each = [self.of(f"channel_importance:{name}", dtype) for name in REDUCTIONS]
+            return torch.stack([one[0] for one in each]), torch.stack([one[1] for one in each])
         if reduction == "batch":
             total = self.sums.sum(0)
             return total.square(), of_square(total, allowed.sum(0))
@@ -65,6 +77,9 @@ def torch_line(op: str) -> Callable[[Tensor, Tensor], Tensor]:
     if op == "channel_sums":
         return sums
     reduction = op.partition(":")[2] or "batch"
+    if reduction == "all":
+        lines = [torch_line(f"channel_importance:{name}") for name in REDUCTIONS]
+        return lambda a, g: torch.stack([line(a, g) for line in lines])
     if reduction == "batch":
         return lambda a, g: sums(a, g).sum(0).square()
     if reduction == "sample":
@@ -74,12 +89,47 @@ def torch_line(op: str) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda a, g: (a * g).square().sum([0, *range(2, a.dim())])
 
 
+def hook_in_float32(a: Tensor, g: Tensor) -> Tensor:
+    """Σ_n (Σ_l a·g)² by a hook that converts first, as one does who has seen what 16-bit products lose."""
+    dims = tuple(range(2, a.dim()))
+    products = a.float() * g.float()
+    return (products.sum(dims) if dims else products).square().sum(0)
+
+
+def gate_and_hook(a: Tensor, g: Tensor) -> Tensor:
+    """Σ_n (Σ_l a·g)² from a gate parameter z = 1 in the network and a hook on what it gives (arXiv:1906.10771, eq. 8).
+
+    The gate's own gradient, which autograd computes too, is that of the whole batch and says nothing about an example.
+    """
+    gate = torch.ones(1, a.shape[1], *(1 for _ in a.shape[2:]), dtype=a.dtype, device=a.device, requires_grad=True)
+    before = a.detach().requires_grad_()
+    gated = before * gate
+    torch.autograd.grad(gated, (before, gate), g)
+    return torch_line("channel_importance:sample")(gated.detach(), g)
+
+
+def four_calls(a: Tensor, g: Tensor) -> Tensor:
+    """All reductions by this package without the one that gives all: a pass for each."""
+    return torch.stack([ops.channel_importance(a, g, name) for name in REDUCTIONS])
+
+
+PEERS: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "channel_importance:sample": {"hook.float32": hook_in_float32, "nvlabs-style": gate_and_hook},
+    "channel_importance:all": {"four calls": four_calls},
+}
+"""Further peers of a reduction; ``torch`` is there the hook that multiplies what it gets as it is."""
+
+
 def our_op(op: str) -> Callable[[Inputs], Tensor]:
     """The public function."""
     if op == "channel_sums":
         return lambda inputs: ops.channel_sums(*inputs)
     reduction = op.partition(":")[2] or "batch"
     return lambda inputs: ops.channel_importance(*inputs, reduction)
+
+
+def _apply(run: Callable[[Tensor, Tensor], Tensor], pair: Inputs) -> Tensor:
+    return run(*pair)
 
 
 def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool, rounds: int) -> Race:
@@ -96,12 +146,7 @@ def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool
         return worst_share(result, truth[index].sums.sum(), ALLOWED[key.dtype] * truth[index].magnitudes.sum())
 
     line = torch_line(op)
-    providers, skipped = [], []
-    for name, backend in ours(op.partition(":")[0], options).items():
-        if backend is None:
-            skipped.append((name, "not built here"))
-        else:
-            providers.append(Provider(name, our_op(op), check("float32"), context=using(backend)))
+    providers, skipped = our_providers(op.partition(":")[0], options, our_op(op), check("float32"))
     providers.append(Provider("torch", lambda pair: line(*pair), check(key.dtype)))
     if compile_too:
         fast = compiled(line, *inputs[0])
@@ -109,6 +154,11 @@ def build(key: Key, case: ActivationCase, options: Options, *, compile_too: bool
             skipped.append(("torch.compile", fast))
         else:
             providers.append(Provider("torch.compile", lambda pair: fast(*pair), check(key.dtype)))
+    if op in PEERS:
+        dtypes = {"hook.float32": "float32", "four calls": "float32"}
+        providers += [
+            Provider(name, partial(_apply, run), check(dtypes.get(name, key.dtype))) for name, run in PEERS[op].items()
+        ]
     # A dot product reads the same numbers once and keeps one: nothing that reads both tensors can be much faster.
     flat = {id(pair): (flat_in_memory(pair[0]), flat_in_memory(pair[1])) for pair in inputs}
     note = "one sum over all channels: a ceiling"
@@ -148,7 +198,7 @@ class Entries:
         case = ActivationCase(shape, dtype, layout)
         made = partial(build, case=case, options=self.options, compile_too=compile_too, rounds=rounds)
         peers = ["torch", "torch.compile", "torch.dot"] if compile_too else ["torch", "torch.dot"]
-        names = [*our_names(op.partition(":")[0], self.options), *peers]
+        names = [*our_names(op.partition(":")[0], self.options), *peers, *PEERS.get(op, ())]
         self.found.append(Entry(Key("scoring", op, case.name, case.dtype_name, layout), made, names, priority))
 
 
@@ -157,41 +207,58 @@ def entries(options: Options) -> list[Entry]:
     races = Entries(options)
     if options.quick:
         _quick(races)
-        return races.found
-    _headline(races)
-    _gates(races)
-    dtype, batch = (torch.bfloat16, 256) if options.cuda else (torch.float32, 16)
-    for width in (768, 3072):  # ViT-B: the residual stream and the inside of an MLP
-        races.add((batch, width, 197), dtype, "tokens", 30, compile_too=options.cuda, rounds=15)
-    races.add((256, 4096), dtype, "rows", 60, rounds=15)
+    elif options.cuda:
+        _on_a_gpu(races)
+    else:
+        _on_a_cpu(races)
     return races.found
 
 
-def _headline(races: Entries) -> None:
-    """One shape in every way: all reductions, dtypes and layouts."""
-    shape, cuda = (64, 256, 28, 28), races.options.cuda
+def _on_a_cpu(races: Entries) -> None:
+    """One shape in every way; every gate shape of ResNet-50, which are those of ResNet-101 too; ViT-B; a wide layer."""
+    shape, batch = (64, 256, 28, 28), 16
     for layout in ("nchw", "channels_last"):
         races.add(shape, torch.float32, layout, 5, compile_too=True)
-        races.add(shape, torch.bfloat16, layout, 15, compile_too=cuda)
+        races.add(shape, torch.bfloat16, layout, 15)
         for dtype in (torch.float32, torch.bfloat16):
             races.add(shape, dtype, layout, 16, op="channel_sums")
-    dtype, layout = (torch.bfloat16, "channels_last") if cuda else (torch.float32, "nchw")
-    for reduction in REDUCTIONS[1:]:
-        races.add(shape, dtype, layout, 35, op=f"channel_importance:{reduction}", compile_too=cuda, rounds=20)
+    for reduction in (*REDUCTIONS[1:], "all"):
+        races.add(shape, torch.float32, "nchw", 35, op=f"channel_importance:{reduction}", rounds=20)
+    for width in VIT_B:
+        races.add((batch, width, 197), torch.float32, "tokens", 30, rounds=15)
+    for layout, priority in (("nchw", 50), ("channels_last", 51)):
+        for gate in gate_shapes(8):
+            races.add(gate, torch.float32, layout, priority, rounds=15)
+    races.add((256, 4096), torch.float32, "rows", 60, rounds=15)
 
 
-def _gates(races: Entries) -> None:
-    """Every gate shape of ResNet-50 and ResNet-101, which are the same ones."""
-    if races.options.cuda:
-        batch = 256
-        ways = [(torch.bfloat16, "channels_last", 10), (torch.bfloat16, "nchw", 40)]
-        ways += [(torch.float32, "channels_last", 80), (torch.float32, "nchw", 81)]
-    else:
-        batch, ways = 8, [(torch.float32, "nchw", 50), (torch.float32, "channels_last", 51)]
-    for dtype, layout, priority in ways:
-        for channels, height in sorted(resnet_gates("resnet50") | resnet_gates("resnet101")):
-            shape = (batch, channels, height, height)
-            races.add(shape, dtype, layout, priority, compile_too=priority == 10, rounds=15)
+def _on_a_gpu(races: Entries) -> None:
+    """The same at the batch of a GPU, what is promised first: all gates in bfloat16, all layouts, both 16-bit types."""
+    batch, half = 256, torch.bfloat16
+    for gate in gate_shapes(batch):
+        races.add(gate, half, "channels_last", 5, compile_too=True, rounds=30)
+    for gate in gate_shapes(batch):
+        races.add(gate, half, "nchw", 14, rounds=30)
+    for width in VIT_B:
+        races.add((batch, width, 197), half, "tokens", 16, compile_too=True, rounds=30)
+    for gate in BY_SIZE:
+        races.add((batch, *gate), half, "channels_last", 12, op="channel_importance:sample", rounds=30)
+        races.add((batch, *gate), torch.float16, "channels_last", 17, rounds=30)
+        races.add((batch, *gate), torch.float16, "nchw", 18, rounds=30)
+        races.add((batch, *gate), half, "channels_last", 19, op="channel_sums", rounds=30)
+        races.add((batch, *gate), half, "nchw", 47, op="channel_sums", rounds=30)
+    races.add(WIDE, half, "rows", 20, rounds=30)
+    for reduction in (*REDUCTIONS[2:], "all"):
+        races.add((batch, *BY_SIZE[1]), half, "channels_last", 46, op=f"channel_importance:{reduction}", rounds=20)
+    for layout in ("channels_last", "nchw"):
+        for gate in gate_shapes(batch):
+            races.add(gate, torch.float32, layout, 80, rounds=15)
+
+
+def gate_shapes(batch: int) -> list[tuple[int, ...]]:
+    """Every gate of ResNet-50 and ResNet-101, which have the same ones."""
+    gates = sorted(resnet_gates("resnet50") | resnet_gates("resnet101"))
+    return [(batch, channels, height, height) for channels, height in gates]
 
 
 def _quick(races: Entries) -> None:
@@ -199,7 +266,7 @@ def _quick(races: Entries) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             races.add((4, 32, 14, 14), dtype, layout, 5)
         races.add((4, 32, 14, 14), torch.float32, layout, 5, op="channel_sums")
-    for reduction in REDUCTIONS[1:]:
+    for reduction in (*REDUCTIONS[1:], "all"):
         races.add((4, 32, 7, 7), torch.float32, "nchw", 5, op=f"channel_importance:{reduction}")
     races.add((4, 48, 17), torch.float32, "tokens", 5)
     races.add((8, 64), torch.float32, "rows", 5)

@@ -2,153 +2,160 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.race import Entry, Key, Options, Provider, Race
-from bench.suites.networks import images, labels, make
+from taylor_cuda.bench.profile import split
+from taylor_cuda.bench.race import Entry, Key, Options, Provider, Race
+from taylor_cuda.bench.suites.networks import images, make
+from taylor_cuda.bench.training import TrainingStep
 from taylor_cuda.graph import trace
-from taylor_cuda.graph.groups import Groups
 from taylor_cuda.importance import Importance
 
-RATE = 1e-3
-COMPILED = "training_step:compiled"
+PAIRS = 200
+"""Rounds on a GPU, each with one step of everybody: what makes a ratio of 1.005 visible."""
+
+ON_A_GPU = "resnet50 batch 256 at 224"
+"""The step there; on a CPU it is smaller."""
+
+GATES = "nvlabs-style"
+ACTIVATIONS = ("taylor_fg", "taylor_output")
+"""Criteria that put something into the network, which a compiled one has to be compiled with."""
+
+# One race each, as a row says what it was beside, and as the most important one has to fit into any time limit.
+CRITERIA = {
+    "training_step": ("taylor_fo", "taylor_fg", GATES),
+    "training_step:more": ("taylor_weight", "taylor_output", "magnitude"),
+    "training_step:compiled": ("taylor_fo", "taylor_weight", "magnitude"),
+    "training_step:compiled_activations": ACTIVATIONS,
+    "split": ("taylor_fo", "taylor_fg"),
+}
 
 
-class TrainingStep:
-    """One network with its optimizer; calling it makes one step on always the same batch.
-
-    Args:
-        network: torchvision's name.
-        batch: examples in a step.
-        size: of the square images.
-        options: of the run. On a GPU the step is the usual one there: bfloat16 autocast, channels_last.
-        groups: of this network.
-        compile_model: run the forward and backward pass compiled.
-    """
-
-    def __init__(
-        self, network: str, batch: int, size: int, options: Options, groups: Groups, *, compile_model: bool
-    ) -> None:
-        self.model = make(network)
-        self.cuda = options.cuda
-        self.groups = groups
-        memory_format = torch.channels_last if options.cuda else torch.contiguous_format
-        self.model.to(device=options.device).to(memory_format=memory_format)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), RATE, momentum=0.9, foreach=True)
-        self.x = images(batch, size, options.device).contiguous(memory_format=memory_format)
-        self.y = labels(batch, options.device)
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compile_model else self.model
-        self.estimator: Importance | None = None
-        self.gates: list[nn.Parameter] = []
-
-    def score(self, criterion: str) -> TrainingStep:
-        """Take this criterion's scores at every step."""
-        self.estimator = Importance(self.model, self.groups, criterion)
-        return self
-
-    def gate(self) -> TrainingStep:
-        """Multiply a gate parameter in after both inner norms and after every block, as the paper's own code does."""
-        for name, module in self.model.named_modules():
-            inner = name.rpartition(".")[2] in ("bn1", "bn2") and name.startswith("layer")
-            if inner or type(module).__name__ in ("Bottleneck", "BasicBlock"):
-                module.register_forward_hook(self._gate_hook(module))
-        self.window = [torch.zeros_like(gate) for gate in self.gates]
-        return self
-
-    def _gate_hook(self, module: nn.Module) -> Callable[..., Tensor]:
-        width: int = module.num_features if isinstance(module, nn.BatchNorm2d) else _last_norm(module).num_features
-        gate = nn.Parameter(torch.ones(1, width, 1, 1, device=self.x.device))
-        self.gates.append(gate)
-        return lambda _module, _args, output: output * gate.to(output.dtype)
-
-    def flat_parameters(self) -> Tensor:
-        """All parameters of the network as one vector of their own."""
-        return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
-
-    def __call__(self) -> Tensor:
-        """One step; the loss before it."""
-        self.optimizer.zero_grad()
-        for gate in self.gates:
-            gate.grad = None
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.cuda):
-            loss = nn.functional.cross_entropy(self.forward(self.x), self.y)
-        if self.estimator is None:
-            loss.backward()
-        else:
-            self.estimator.backward(loss)
-        if self.gates:
-            torch._foreach_add_(self.window, [gate.grad.square() for gate in self.gates if gate.grad is not None])
-        self.optimizer.step()
-        return loss.detach()
+def named(criterion: str) -> str:
+    """The provider that scores by a criterion."""
+    return criterion if criterion == GATES else f"ours:{criterion}"
 
 
-def _last_norm(block: nn.Module) -> nn.BatchNorm2d:
-    return [
-        module
-        for name, module in block.named_children()
-        if isinstance(module, nn.BatchNorm2d) and name.startswith("bn")
-    ][-1]
-
-
-def build(key: Key, network: str, batch: int, size: int, options: Options) -> Race:
-    """The race of whole steps.
+class Steps:
+    """The providers of one race of whole steps.
 
     Every network starts from the same weights; the first step of each has to move them as the plain one does. On a GPU,
     16-bit rounding in another order may turn a fifth of that movement; on a CPU a thousandth.
-    """
-    groups = trace(make(network), images(1, size))
-    reference = TrainingStep(network, batch, size, options, groups, compile_model=False)
-    start = reference.flat_parameters()
-    reference()
-    moved = reference.flat_parameters()
-    allowed = (0.2 if options.cuda else 1e-3) * float((moved - start).norm())
-    del reference, start
 
-    def provider(name: str, step: TrainingStep, note: str = "") -> Provider:
+    Args:
+        key: of the race.
+        fresh: makes a network with its optimizer.
+        options: of the run.
+    """
+
+    def __init__(self, key: Key, fresh: Callable[[], TrainingStep], options: Options) -> None:
+        self.key, self.fresh, self.options = key, fresh, options
+        self.compiled = ":compiled" in key.op
+        # Also makes what libraries allocate once, which would otherwise count as the first provider's.
+        reference = fresh()
+        start = reference.flat_parameters()
+        reference()
+        self.moved = reference.flat_parameters()
+        self.allowed = (0.2 if options.cuda else 1e-3) * float((self.moved - start).norm())
+        self.shared: TrainingStep | None = None
+
+    def provider(self, criterion: str | None) -> Provider:
+        """The plain step, or one that is scored by ``criterion``."""
+        before = self._memory()
+        step, estimator = self._made(criterion)
+        run = partial(step, estimator)
+
         def check(_loss: Tensor, _index: int) -> float:
-            if step.estimator is not None:
-                scores = torch.cat(list(step.estimator.scores().values()))
+            if estimator is not None:
+                scores = torch.cat(list(estimator.scores().values()))
                 if not bool(scores.isfinite().all() and (scores > 0).any()):
                     return float("nan")
-            return float((step.flat_parameters() - moved).norm()) / allowed
+            return float((step.flat_parameters() - self.moved).norm()) / self.allowed
 
-        return Provider(name, lambda _: step(), check, note)
+        plain = "torch.compile" if self.compiled else "torch"
+        notes = {None: "the plain step", GATES: "a gate parameter after both inner norms and after every block"}
+        return Provider(
+            plain if criterion is None else named(criterion),
+            lambda _: run(),
+            check,
+            notes.get(criterion, ""),
+            context=_restarting_once(step),
+            built_bytes=self._memory() - before,
+            split=partial(split, run, self.options) if self.key.suite == "profile" else None,
+        )
 
-    compile_model = key.op == COMPILED
+    def _made(self, criterion: str | None) -> tuple[TrainingStep, Importance | None]:
+        apart = not self.compiled or criterion in ACTIVATIONS
+        # Compiling takes a minute, and scores from parameters leave what is compiled alone.
+        step = self.fresh() if apart or self.shared is None else self.shared
+        if criterion == GATES:
+            step.gated()
+        plain = criterion is None or criterion == GATES
+        estimator = None if plain else Importance(step.model, step.groups, str(criterion))
+        if self.compiled and step is not self.shared:
+            step.compiled()
+        if not apart:
+            self.shared = step
+        return step, estimator
 
-    def fresh() -> TrainingStep:
-        return TrainingStep(network, batch, size, options, groups, compile_model=compile_model)
+    def _memory(self) -> int:
+        return torch.cuda.memory_allocated() if self.options.cuda else 0
 
-    plain = "torch.compile" if compile_model else "torch"
-    providers = [provider(plain, fresh(), "the plain step"), provider("ours:taylor_fo", fresh().score("taylor_fo"))]
-    if not compile_model:
-        note = "a gate parameter after both inner norms and after every block"
-        providers.append(provider("ours:taylor_fg", fresh().score("taylor_fg")))
-        providers.append(provider("nvlabs-style", fresh().gate(), note))
-    rounds, seconds = (200, 75.0) if options.cuda else (20, None if options.quick else 15.0)
-    return Race(key, providers, peer=plain, rounds=rounds, seconds=seconds)
+
+def _restarting_once(step: TrainingStep) -> Callable[[], AbstractContextManager[None]]:
+    """A context that restarts the network the first time it is entered: the first step is the one that is checked."""
+    waiting = [step]
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        while waiting:
+            waiting.pop().restart()
+        yield
+
+    return context
+
+
+def build(key: Key, network: str, batch: int, size: int, options: Options) -> Race:
+    """The race of whole steps."""
+    groups = trace(make(network), images(1, size))
+    steps = Steps(key, partial(TrainingStep, network, batch, size, options, groups), options)
+    providers = [steps.provider(criterion) for criterion in (None, *CRITERIA[key.op])]
+    peer = providers[0].name
+    if key.suite == "profile":
+        return Race(key, providers, peer=peer, rounds=10, seconds=5.0)
+    if options.cuda:
+        return Race(key, providers, peer=peer, rounds=PAIRS, least=PAIRS)
+    return Race(key, providers, peer=peer, rounds=20, seconds=None if options.quick else 15.0)
 
 
 def entries(options: Options) -> list[Entry]:
     """ResNet-50 as it is trained on a GPU; something small where there is none."""
     network, batch, size = ("resnet50", 256, 224) if options.cuda else ("resnet18", 16, 112)
     if options.quick:
-        network, batch, size = "resnet18", 2, 64
+        network, batch, size = "tiny", 2, 64
     dtype, layout = ("bfloat16", "channels_last") if options.cuda else ("float32", "nchw")
-    made = partial(build, network=network, batch=batch, size=size, options=options)
     case = f"{network} batch {batch} at {size}"
-    plain = Entry(
-        Key("step", "training_step", case, dtype, layout),
-        made,
-        ("torch", "ours:taylor_fo", "ours:taylor_fg", "nvlabs-style"),
-        20 if options.cuda else 60,
-        120.0 if options.cuda else 30.0,
-    )
-    if not options.cuda:
-        return [plain]
-    compiled = Entry(Key("step", COMPILED, case, dtype, layout), made, ("torch.compile", "ours:taylor_fo"), 70, 180.0)
-    return [plain, compiled]
+    assert case == ON_A_GPU or options.quick or not options.cuda
+    # (suite, op, priority, seconds): on a CPU a whole run is for figures that mean something there.
+    wanted = [("step", "training_step", 8 if options.cuda else 60, 55.0 if options.cuda else 30.0)]
+    if options.cuda or options.quick:
+        wanted += [
+            ("profile", "split", 9, 20.0),
+            ("step", "training_step:more", 42, 55.0),
+            ("step", "training_step:compiled", 44, 130.0),
+            ("step", "training_step:compiled_activations", 90, 160.0),
+        ]
+    found = []
+    for suite, op, priority, seconds in wanted:
+        plain = "torch.compile" if ":compiled" in op else "torch"
+        names = (plain, *(named(criterion) for criterion in CRITERIA[op]))
+        made = partial(build, network=network, batch=batch, size=size, options=options)
+        found.append(
+            Entry(Key(suite, op, case, dtype, layout), made, names, priority, 1.0 if options.quick else seconds)
+        )
+    return found

@@ -9,11 +9,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bench.cases import input_sets, parameter_bytes, resnet_parameters
-from bench.environment import cache_bytes
-from bench.race import ALLOWED, Entry, Key, Options, Provider, Race, worst_share
-from bench.suites.peers import our_names, ours, using
 from taylor_cuda import ops
+from taylor_cuda.bench.cases import input_sets, parameter_bytes, resnet_parameters
+from taylor_cuda.bench.environment import cache_bytes
+from taylor_cuda.bench.race import ALLOWED, Entry, Key, Options, Provider, Race, worst_share
+from taylor_cuda.bench.suites.peers import our_names, our_providers
 from taylor_cuda.ops import reference
 
 TINY: list[tuple[str, tuple[int, ...]]] = [
@@ -131,12 +131,7 @@ def build(key: Key, gradient_dtype: torch.dtype, options: Options) -> Race:
         # Each number is read once whichever side is asked for, so the dot product is the sum of all results.
         return worst_share(result, expected.sum(), allowed.sum())
 
-    providers, skipped = [], []
-    for name, backend in ours("weight_importance", options).items():
-        if backend is None:
-            skipped.append((name, "not built here"))
-        else:
-            providers.append(Provider(name, in_one_call, check, context=using(backend)))
+    providers, skipped = our_providers("weight_importance", options, in_one_call, check)
     providers.append(Provider("torch", per_layer, check, "one layer after the other"))
     providers.append(Provider("torch.foreach", foreach, check))
     if gradient_dtype == torch.float32:
@@ -169,9 +164,11 @@ def entries(options: Options) -> list[Entry]:
     wanted = [(network, side, torch.float32, "parameters", 5) for side in sides]
     wanted += [(network, side, torch.float32, "channels_last", 20) for side in sides]
     if not options.quick:
-        wanted.append(("resnet101", "writers", torch.float32, "parameters", 25))
+        wanted.append(("resnet101", "writers", torch.float32, "parameters", 6 if options.cuda else 25))
     if options.cuda:
         wanted += [(network, side, torch.bfloat16, "parameters", 15) for side in sides]
+    if options.cuda and not options.quick:
+        wanted.append(("resnet101", "readers", torch.float32, "parameters", 6))
     names = (*our_names("weight_importance", options), "torch", "torch.foreach", "torch.dot")
     found = []
     for network, side, dtype, layout, priority in wanted:

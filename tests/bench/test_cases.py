@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from bench.cases import ActivationCase, flat_in_memory, input_sets, parameter_bytes, resnet_gates, resnet_parameters
-from bench.suites.scoring import exact, torch_line
-from bench.suites.weights import TINY, parameter_set, per_layer
+from taylor_cuda.bench.cases import (
+    ActivationCase,
+    flat_in_memory,
+    input_sets,
+    parameter_bytes,
+    resnet_gates,
+    resnet_parameters,
+)
+from taylor_cuda.bench.suites.scoring import PEERS, exact, torch_line
+from taylor_cuda.bench.suites.weights import TINY, parameter_set, per_layer
 from taylor_cuda.ops import reference
 
 CASES = [
@@ -113,7 +120,7 @@ def test_parameter_sets_are_views_of_the_flat_buffers(side, layout):
 
 
 @pytest.mark.parametrize(
-    "op", ["channel_sums", *(f"channel_importance:{name}" for name in reference.CHANNEL_REDUCTIONS)]
+    "op", ["channel_sums", *(f"channel_importance:{name}" for name in (*reference.CHANNEL_REDUCTIONS, "all"))]
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
 def test_the_peers_line_is_the_definition(op, case):
@@ -121,3 +128,11 @@ def test_the_peers_line_is_the_definition(op, case):
     inputs = tuple(x.double() for x in case.inputs("cpu", 0))
     expected, _ = exact(inputs).of(op, "float32")
     torch.testing.assert_close(torch_line(op)(*inputs), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, peers in PEERS.items() for name in peers])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
+def test_further_peers_compute_the_same(op, name, case):
+    inputs = tuple(x.float() for x in case.inputs("cpu", 0))
+    expected, _ = exact(inputs).of(op, "float32")
+    torch.testing.assert_close(PEERS[op][name](*inputs).double(), expected, rtol=1e-4, atol=1e-5)

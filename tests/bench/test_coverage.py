@@ -15,14 +15,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import taylor_cuda as tc
-from bench.coverage import __main__ as command
-from bench.coverage import compare, ours, peer
-from bench.coverage.networks import NETWORKS, SHORT, Encoder, Network
-from bench.coverage.outcome import Outcome, shortcomings
-from bench.coverage.table import append, markdown
-from bench.environment import environment
-from bench.rows import read_rows
-from bench.suites.networks import images
+from taylor_cuda.bench.coverage import __main__ as command
+from taylor_cuda.bench.coverage import compare, ours, peer
+from taylor_cuda.bench.coverage.networks import NETWORKS, SHORT, Encoder, Network
+from taylor_cuda.bench.coverage.outcome import Outcome, shortcomings
+from taylor_cuda.bench.coverage.table import append, markdown
+from taylor_cuda.bench.environment import environment
+from taylor_cuda.bench.rows import read_rows
+from taylor_cuda.bench.suites.networks import images
 from taylor_cuda.graph.groups import Frozen, named_tensors
 
 BY_NAME = {network.name: network for network in SHORT}

@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from bench.environment import cache_bytes, environment
-from bench.measure import LONG_S, Ceilings, Checked, check, interval, percentile, run_race, time_all
-from bench.race import Key, Options, Provider, Race, WrongResultError, of_square, worst_share
-from bench.rows import check_row
-from bench.suites.scoring import exact
+from taylor_cuda.bench.environment import cache_bytes, environment
+from taylor_cuda.bench.measure import LONG_S, Ceilings, Checked, check, interval, percentile, run_race, time_all
+from taylor_cuda.bench.race import Key, Options, Provider, Race, WrongResultError, of_square, worst_of, worst_share
+from taylor_cuda.bench.rows import check_row
+from taylor_cuda.bench.suites.scoring import exact
 
 QUICK = Options(quick=True, seconds=0.01)
 CEILINGS = Ceilings(10.0, 0.5)
@@ -54,6 +54,11 @@ def test_a_result_wrong_on_the_second_input_set_only_is_refused():
         check(make_race(provider), provider, QUICK)
 
 
+def test_of_several_shares_nan_is_the_worst():
+    assert worst_of([0.1, 0.7, 0.3]) == 0.7
+    assert math.isnan(worst_of([0.1, math.nan, 0.3]))
+
+
 @pytest.mark.parametrize("error", [math.nan, math.inf, 1.001])
 def test_nan_and_more_than_allowed_are_refused(error):
     provider = Provider("ours", Counting(1.0), lambda _result, _index: error)
@@ -71,7 +76,9 @@ def test_a_peer_that_is_wrong_or_raises_is_left_out_with_the_reason():
         Provider("other", broken, share),
         Provider("third", Counting(1.2), share),
     )
-    rows, left_out = run_race(race, QUICK, CEILINGS, environment("cpu"))
+    raced = run_race(race, QUICK, CEILINGS, environment("cpu"))
+    rows, left_out = raced.rows, raced.left_out
+    assert raced.broken == []
     assert [row["provider"] for row in rows] == ["ours", "third"]
     assert rows[0]["ratio"] is None
     assert rows[0]["peer"] is None
@@ -88,13 +95,25 @@ def test_our_own_exception_is_not_swallowed():
         run_race(make_race(Provider("ours", broken, share)), QUICK, CEILINGS, environment("cpu"))
 
 
+def test_a_broken_kernel_of_two_costs_the_other_no_row():
+    def broken(_inputs):
+        raise RuntimeError("no such kernel")
+
+    for bad in (Provider("ours:triton", broken, share), Provider("ours:triton", Counting(9.0), share)):
+        race = make_race(Provider("ours:cuda", Counting(1.0), share), bad, Provider("peer", Counting(1.2), share))
+        raced = run_race(race, QUICK, CEILINGS, environment("cpu"))
+        assert [row["provider"] for row in raced.rows] == ["ours:cuda", "peer"]
+        assert [sentence.partition(": ")[0] for sentence in raced.broken] == ["ours:triton"]
+        assert raced.left_out == []
+
+
 def test_rows_hold_medians_of_the_rounds_and_the_ratio_is_peer_over_ours():
     slow = torch.randn(400, 400)
     race = make_race(
         Provider("ours", Counting(1.0), share),
         Provider("peer", lambda _inputs: float((slow @ slow).sum() * 0 + 1), share, bytes=0),
     )
-    rows, _ = run_race(race, QUICK, CEILINGS, environment("cpu"))
+    rows = run_race(race, QUICK, CEILINGS, environment("cpu")).rows
     for row in rows:
         check_row(row)
         assert row["p20_us"] <= row["median_us"] <= row["p80_us"]
@@ -123,7 +142,8 @@ def test_rounds_take_turns_and_inputs_rotate():
     options = Options(seconds=10.0)
     timings, failed = time_all(race, [checked(provider, 1.0) for provider in providers], "wall", options)
     assert not failed
-    assert log == ["ours", "peer"] * 5
+    # Forwards and backwards in turns, so that nobody always comes after the same one.
+    assert log == ["ours", "peer", "peer", "ours"] * 2 + ["ours", "peer"]
     assert seen == [0, 1, 2, 0, 1]
     assert [len(timing.samples) for timing in timings] == [5, 5]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.rows import MORE_KEYS, append_rows, check_row, newest_rows, read_rows, results_file
+from taylor_cuda.bench.rows import MORE_KEYS, append_rows, check_row, newest_rows, read_rows, results_file
 
 
 def make_row(**changes):

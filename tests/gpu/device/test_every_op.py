@@ -1,4 +1,4 @@
-"""What holds of every op on a GPU: the same bits twice, graphs, streams, no waiting, NaN and infinity, other devices."""
+"""What holds of every op on a GPU: the same bits twice, graphs, streams, no waiting, NaN and infinity, two devices."""
 
 from __future__ import annotations
 

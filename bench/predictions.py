@@ -1,0 +1,90 @@
+"""What the byte model predicts for an H200: written down before the first run there, to stand beside what it measures.
+
+Model: a pass takes its least bytes at 4,300 GB/s, the copy rate known of that GPU, over the share of it that is
+promised for its size, or 4 microseconds more than that rate allows for the smallest. Nothing here was measured.
+"""
+
+from __future__ import annotations
+
+from taylor_cuda.bench.rows import Row
+
+GATES = {
+    "256x256x56x56": 201.0,
+    "256x512x28x28": 101.0,
+    "256x128x56x56": 101.0,
+    "256x64x56x56": 50.0,
+    "256x256x28x28": 50.0,
+    "256x1024x14x14": 50.0,
+    "256x128x28x28": 28.0,
+    "256x512x14x14": 28.0,
+    "256x2048x7x7": 28.0,
+    "256x256x14x14": 14.0,
+    "256x512x7x7": 10.0,
+}
+"""One pass over activation and gradient in 16 bits."""
+
+TOKENS = {"256x768x197": 38.0, "256x3072x197": 152.0}
+"""The same, of ViT-B."""
+
+RELU = {
+    "256x256x56x56": 312.0,
+    "256x512x28x28": 156.0,
+    "256x128x56x56": 156.0,
+    "256x64x56x56": 78.0,
+    "256x256x28x28": 78.0,
+    "256x1024x14x14": 79.0,
+    "256x128x28x28": 39.0,
+    "256x512x14x14": 39.0,
+    "256x2048x7x7": 40.0,
+    "256x256x14x14": 20.0,
+    "256x512x7x7": 10.0,
+}
+"""Output and gradient in, gradient out, at 92 % of the copy rate."""
+
+WEIGHTS = {"resnet50": 59.0, "resnet101": 103.0}
+"""All weights and float32 gradients of a network in one launch, at 80 % of the copy rate."""
+
+RANK = {"resnet50": 12.0, "resnet101": 13.0, "64Ki": 15.0}
+"""The mask of the largest scores: one block, a few passes over a second-level cache."""
+
+MICROSECONDS: dict[str, dict[str, float]] = {
+    "channel_importance": GATES | TOKENS,
+    "channel_importance:sample": GATES,
+    "channel_sums": GATES,
+    "score_relu_backward": RELU,
+    "weight_importance": {f"{name}:{side}": us for name, us in WEIGHTS.items() for side in ("readers", "writers")},
+    "keep_mask": RANK,
+}
+
+STEP_US = 45_000.0
+"""A plain eager step of ResNet-50 at batch 256: 30,200 by bytes and FLOPs, at two thirds of both ceilings."""
+
+SCORING_US = {"ours:taylor_fo": 60.0, "ours:taylor_weight": 60.0, "ours:magnitude": 60.0, "ours:taylor_fg": 600.0}
+"""What scoring adds to it: a pass over the parameters; or sums that ride on the backward passes of 49 ReLUs, 2 % of
+those, and some ten small kernels for each of 37 groups. By passes of its own over activations it would be 2,300."""
+
+
+def predicted_us(row: Row) -> float | None:
+    """The median that was predicted for one of our rows in 16 bits, or over a network's parameters, on a GPU."""
+    if row["device"] != "cuda":
+        return None
+    if row["op"] == "training_step":
+        added = SCORING_US.get(row["provider"])
+        return None if added is None else STEP_US + added
+    fits = row["dtype"] == "float32" if row["op"] in ("weight_importance", "keep_mask") else row["dtype"] != "float32"
+    return MICROSECONDS.get(row["op"], {}).get(row["case"]) if fits else None
+
+
+def beside(row: Row) -> str:
+    """`` (floor of this run 47.8 us, predicted 50 us, measured 49.1 us)``: what bytes allow, and what was expected.
+
+    Empty on a CPU, where promises have been measured.
+    """
+    if row["device"] != "cuda":
+        return ""
+    facts = []
+    if row["bytes"]:
+        facts.append(f"floor of this run {row['bytes'] / row['ceiling_gb_per_s'] * 1e-3:.3g} us")
+    if (expected := predicted_us(row)) is not None:
+        facts.append(f"predicted {expected:.5g} us, measured {row['median_us']:.5g} us")
+    return f" ({', '.join(facts)})" if facts else ""
