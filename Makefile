@@ -29,14 +29,15 @@ coverage: $(VENV)/built
 
 # On a machine with a GPU, whose own Python has a CUDA build of torch, Triton, ninja, pybind11 and pytest: nothing is downloaded, and
 # what is missing of torchvision, torch-pruning and matplotlib is said and left out. Within nine minutes: the libraries, the tests of
-# the kernels (three minutes at most), then rows, the most telling ones first, for as long as there is time.
+# the kernels (three minutes at most; side by side where pytest-xdist is there, for Triton compiles long), then rows, the most telling ones first, for as long as there is time.
 # BUILD=none takes the libraries that lie in taylor_cuda/ already, built elsewhere from the same sources.
 BUILD ?= cuda
 device:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make device needs a GPU that torch can use'"
 	start=$$(date +%s); status=0; \
 	PIP_BREAK_SYSTEM_PACKAGES=1 TAYLOR_CUDA_BUILD=$(BUILD) $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e . || exit 1; \
-	timeout 180 $(PYTHON) -m pytest -o addopts= -p no:cacheprovider -q -m gpu tests/gpu || status=$$?; \
+	workers=$$($(PYTHON) -c "import importlib.util as found; print('-n 8' if found.find_spec('xdist') else '')"); \
+	timeout 180 $(PYTHON) -m pytest -o addopts= -p no:cacheprovider -q $$workers -m gpu tests/gpu || status=$$?; \
 	$(PYTHON) -u -m taylor_cuda.bench --device cuda --plot --time-limit $$((525 - $$(date +%s) + start)) || status=$$?; \
 	exit $$status
 

@@ -19,4 +19,5 @@ def run(options: argparse.Namespace) -> int:
     """Run the measurements."""
     from taylor_cuda.bench.command import run as measure
 
-    return measure(options)
+    code: int = measure(options)
+    return code
