@@ -71,7 +71,7 @@ def _bump_versions(op: Callable[..., Any], mutates: tuple[str, ...]) -> Callable
         overload = getattr(torch.ops.taylor_cuda, op.__name__).default
         result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         for position in positions:
-            if args[position] is not None:
+            if position < len(args) and args[position] is not None:
                 torch.autograd.graph.increment_version(args[position])
         return result
 
