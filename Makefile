@@ -29,7 +29,8 @@ coverage: $(VENV)/built
 
 # On a machine with a GPU, whose own Python has a CUDA build of torch, Triton, ninja, pybind11 and pytest: nothing is downloaded, and
 # what is missing of torchvision, torch-pruning and matplotlib is said and left out. Within nine minutes: the libraries, the tests of
-# the kernels (three minutes at most; side by side where pytest-xdist is there, for Triton compiles long), then rows, the most telling ones first, for as long as there is time.
+# the kernels (three minutes at most; side by side where pytest-xdist is there, for Triton takes long to compile), then rows, the most
+# telling ones first, for as long as there is time.
 # BUILD=none takes the libraries that lie in taylor_cuda/ already, built elsewhere from the same sources.
 BUILD ?= cuda
 device:

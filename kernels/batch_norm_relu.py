@@ -32,6 +32,8 @@ from torch import Tensor
 from taylor_cuda.kernels import _batch_norm
 from taylor_cuda.kernels._launch import LONGEST_ROW, MOST_TRIPS, TARGET_PROGRAMS, TILE, device_of
 
+NARROW = 2**31  # what offsets within a tile must stay below to be 32 bits wide
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -84,7 +86,7 @@ class Grid:
         """What every kernel is compiled for."""
         blocks = {"BLOCK_L": self.block_length, "BLOCK_C": self.block_channels, "TRIPS": self.trips}
         reach = self.block_length * self.channels if self.columns else self.block_channels * self.length
-        layout = {"COLUMNS": self.columns, "UNIT": self.unit, "WIDE": reach >= 2**31}
+        layout = {"COLUMNS": self.columns, "UNIT": self.unit, "WIDE": reach >= NARROW}
         return {**layout, **blocks, "num_warps": self.warps, "enable_fp_fusion": True}
 
 

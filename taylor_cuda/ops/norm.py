@@ -113,6 +113,8 @@ def batch_norm_relu(
 class BatchNormReLU(nn.BatchNorm2d):
     """``nn.BatchNorm2d``, an optional addition and ReLU as one op. A checkpoint of either loads into the other.
 
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` takes it for a BatchNorm and would lose the ReLU.
+
     Attributes:
         sums: ``[C]`` or ``[N, C]`` to which backward passes add gate gradients (see ``batch_norm_relu``), or None.
     """

@@ -238,14 +238,14 @@ def triton_ops() -> SimpleNamespace:
 
 
 def interpreted() -> dict[str, list[str]]:
-    """What is wrong, by case; with few programs, so that each takes several tiles, for those named "many trips"."""
+    """What is wrong, by case; those named "many trips" have several tiles for each program, and 64-bit offsets."""
     from taylor_cuda.kernels import batch_norm_relu as kernels
 
     ops, problems = triton_ops(), {}
-    plan = [(case.name, case, kernels.TARGET_PROGRAMS) for case in EVERY]
-    plan += [(f"{case.name}, many trips", case, 1) for case in TRIPS]
-    for name, case, programs in plan:
-        kernels.TARGET_PROGRAMS = programs
+    plan = [(case.name, case, kernels.TARGET_PROGRAMS, kernels.NARROW) for case in EVERY]
+    plan += [(f"{case.name}, many trips", case, 1, 0) for case in TRIPS]
+    for name, case, programs, narrow in plan:
+        kernels.TARGET_PROGRAMS, kernels.NARROW = programs, narrow
         try:
             problems[name] = check(ops, case, twice=case in MODES[:2])
         except Exception:

@@ -321,6 +321,16 @@ def test_the_module_is_batch_norm_and_relu(options: dict[str, object]) -> None:
         ours(torch.randn(3, 6))
 
 
+def test_a_module_that_stopped_tracking_leaves_its_statistics() -> None:
+    ours, theirs = tc.BatchNormReLU(3), nn.BatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 5) + 2
+    ours.track_running_stats = theirs.track_running_stats = False
+    torch.testing.assert_close(ours(x), F.relu(theirs(x)))
+    assert torch.equal(ours.running_mean, torch.zeros(3))
+    assert ours.num_batches_tracked == 0
+    torch.testing.assert_close(ours.eval()(x), F.relu(theirs.eval()(x)))
+
+
 def test_the_sums_of_a_module_are_no_part_of_its_state() -> None:
     norm = tc.BatchNormReLU(4)
     norm.sums = torch.zeros(3, 4)
