@@ -1,4 +1,4 @@
-"""These tests need a GPU. Where there is none they are skipped, with that reason."""
+"""The ops of each backend that a GPU has here."""
 
 from __future__ import annotations
 
@@ -10,16 +10,6 @@ import torch
 
 from taylor_cuda.ops import backends
 from tests.gpu.cases import Ops
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/gpu/device/" in item.path.as_posix():
-            item.add_marker(pytest.mark.gpu)
-            item.add_marker(pytest.mark.usefixtures("poisoned"))
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 def _ops(backend: str) -> Ops:

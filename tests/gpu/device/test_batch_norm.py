@@ -14,6 +14,11 @@ from tests.gpu import cases
 from tests.gpu.device.common import capture_and_compare
 from tests.ops import norm_cases
 
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
+
 
 def _norm_ops() -> SimpleNamespace:
     """Forward and backward of batch_norm_relu in Triton."""

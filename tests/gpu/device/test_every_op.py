@@ -13,6 +13,11 @@ from tests.gpu import cases, test_not_finite
 from tests.gpu.cases import Ops
 from tests.ops import inputs
 
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
+
 
 def test_the_current_stream_is_used(ops: Ops) -> None:
     activation, gradient = cases.make_pair("nchw 24x24", torch.float32, device="cuda")

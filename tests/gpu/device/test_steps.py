@@ -15,6 +15,11 @@ from tests.gpu import cases
 from tests.gpu.cases import Ops
 from tests.gpu.device.common import capture_and_compare
 
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
+
 
 @pytest.mark.parametrize("n", [0, 1, 33, 9000, 65_536, 1_000_003])
 def test_keep_mask_keeps_what_a_sorted_list_does(native: Ops, n: int) -> None:

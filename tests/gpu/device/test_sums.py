@@ -13,6 +13,11 @@ from tests.gpu import cases
 from tests.gpu.cases import Ops
 from tests.gpu.device.common import NETWORK_SHAPES, capture_and_compare
 
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
+
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp64"])
 @pytest.mark.parametrize("layout", cases.PAIRS)
