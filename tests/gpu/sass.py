@@ -89,5 +89,6 @@ def readable(names: list[str]) -> list[str]:
     if program is None or not names:
         return names
     done = subprocess.run([program], input="\n".join(names), capture_output=True, text=True, check=True)
-    plain = [re.sub(r"(?:\w+|\(anonymous namespace\))::|^void ", "", line) for line in done.stdout.splitlines()]
+    lines = [re.sub(r"\([\w:]+\)(\d+)", r"\1", line) for line in done.stdout.splitlines()]  # (taylor::Mode)2
+    plain = [re.sub(r"(?:\w+|\(anonymous namespace\))::|^void ", "", line) for line in lines]
     return [re.sub(r"^void ", "", line).partition("(")[0] for line in plain]

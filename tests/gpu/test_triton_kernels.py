@@ -73,10 +73,11 @@ def test_one_binary_serves_every_width() -> None:
 
 def test_numbers_are_no_part_of_a_binary() -> None:
     """Triton makes a binary of its own for a 1 and for multiples of 16, unless it is told not to."""
-    from taylor_cuda.kernels import _sums
+    from taylor_cuda.kernels import _sums, score_relu_backward
 
     names = ("column_sums_kernel", "row_sums_kernel", "finish_channels_kernel", "finish_samples_kernel")
-    for kernel in (*(getattr(_sums, name) for name in names), _sums.finish_all_kernel):
+    relus = (score_relu_backward.column_relu_kernel, score_relu_backward.row_relu_kernel)
+    for kernel in (*(getattr(_sums, name) for name in names), _sums.finish_all_kernel, *relus):
         numbers = [p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
         assert numbers
         assert [p.name for p in numbers if not p.do_not_specialize] == []
@@ -96,12 +97,12 @@ def test_the_relu(name: str, skip: bool, tmp_path: Path) -> None:
     kernel = score_relu_backward.column_relu_kernel if pair.columns else score_relu_backward.row_relu_kernel
     constants = {
         **{"SKIP": skip, "ADD": False, "ACC": tl.float32, "UNIT": tiling.unit, "CONTIGUOUS": tiling.contiguous},
-        **{"NESTED": pair.outer.size > 1, "BLOCK_L": tiling.block_length, "TRIPS": tiling.trips},
+        **{"NESTED": pair.outer.size > 1, "BLOCK_L": tiling.block_length},
         "BLOCK_C" if pair.columns else "BLOCK_R": tiling.block_across,
     }
     element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     types = dict.fromkeys(("o_ptr", "g_ptr", "s_ptr", "gx_ptr"), element) | {"out_ptr": "fp32", "skip_out_ptr": "fp32"}
-    compiled = compile_for_hopper(kernel, constants, types, tiling.warps, tmp_path)
+    compiled = compile_for_hopper(kernel, constants, types, score_relu_backward.warps_of(tiling, skip), tmp_path)
     assert (compiled.spills, compiled.stack) == (0, 0)
     assert compiled.count(load) == compiled.count("LDG") >= 2
     assert compiled.count(load.replace("LDG", "STG")) >= 1
