@@ -132,7 +132,7 @@ def weight_importance(
         return []  # without a tensor the dispatcher has nothing to dispatch on
     try:
         result: list[Tensor] = library.weight_importance(list(weights), list(gradients), list(dims), reduction)
-    except RuntimeError:
+    except (RuntimeError, InputError):
         # Every backend checks the pairs itself, and asking twice would take a twentieth of the time of the sums; this
         # one names the entry.
         checks.check_weight_pairs(weights, gradients, dims)
@@ -195,7 +195,7 @@ def accumulate_importance(
     args = (list(sums), entries, offsets, window, counts, reduction, scale, added, finite, decay, weight)
     try:
         library.accumulate_importance(*args)
-    except RuntimeError:
+    except (RuntimeError, InputError):
         # As above: every backend checks, and this says which argument it was.
         checks.check_units(*args[:9])
         raise

@@ -23,8 +23,11 @@ class _ScoreReLU(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(x)
             output = torch.relu_(x if skip is None else x.add_(skip))
+        elif skip is None or torch.compiler.is_compiling():
+            # torch.compile of PyTorch 2.11 loses the backward pass of a function that changes what it has just made.
+            output = torch.relu(x if skip is None else torch.add(x, skip))
         else:
-            output = torch.relu(x) if skip is None else torch.relu_(torch.add(x, skip))
+            output = torch.relu_(torch.add(x, skip))
         # The sums are no saved tensors: layers may share them, and each one's backward pass changes them.
         ctx.save_for_backward(output, None if skip_sums is None else skip)
         ctx.sums, ctx.skip_sums = sums, skip_sums

@@ -44,8 +44,10 @@ class Launch:
         """The kernel and its constants, which is how the sources name an instance."""
         types = [kind for _, kind in self.signature if kind.startswith("*")]
         wide = [f"{name}:{kind}" for name, kind in self.signature if kind in ("i64", "fp32")]
+        pointers = [name for name, kind in self.signature if kind.startswith("*")]
+        odd = [f"{name} off 16 bytes" for name in pointers if name not in self.multiples]
         plain = [f"{name}={value}" for name, value in (*self.constants, *self.options) if name != "enable_fp_fusion"]
-        return f"{self.kernel.__name__}<{', '.join([*types, *wide, *plain])}>"
+        return f"{self.kernel.__name__}<{', '.join([*types, *wide, *odd, *plain])}>"
 
 
 def record(call: Callable[[], object]) -> list[Launch]:
