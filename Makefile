@@ -9,8 +9,9 @@ NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 prune: $(VENV)/built
 	$(BIN)/taylor-cuda prune
 
+# Two files at a time, each on one thread: two threads of two tests would wait for each other.
 test: $(VENV)/built
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/built
 	$(BIN)/python -m pip install --quiet clang-format

@@ -26,6 +26,35 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
+class _Modes:
+    """Autograd's and autocast's modes, which an exception within PyTorch's own context managers leaves as they are.
+
+    What stays behind of autocast is a depth that never gets to 0 again, where casts of weights are forgotten: after the
+    next cut a layer would compute with the weights of before.
+    """
+
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
+        self._depth = self._current_depth()
+
+    @staticmethod
+    def _current_depth() -> int:
+        # PyTorch tells the depth to whoever changes it; on one line, so that Ctrl-C hardly comes between.
+        depth: int = (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())[1]
+        return depth
+
+    def restore(self) -> None:
+        """Set what differs."""
+        torch.set_grad_enabled(self._grad)
+        for kind, enabled in self._autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+        while self._current_depth() > self._depth:
+            torch.autocast_decrement_nesting()
+        if self._depth == 0:
+            torch.clear_autocast_cache()
+
+
 class Transaction:
     """Puts everything back if its body raises, ``KeyboardInterrupt`` included, from references and not from copies.
 
@@ -55,6 +84,7 @@ class Transaction:
         if groups is not None:
             dicts.append(vars(groups))
         self._dicts = [(entries, dict(entries)) for entries in dicts]
+        self._modes = _Modes()
         self._values: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> Transaction:
@@ -83,6 +113,7 @@ class Transaction:
             raise interrupt
 
     def _restore(self) -> None:
+        self._modes.restore()
         for entries, before in self._dicts:
             if list(entries) != list(before) or any(entries[key] is not value for key, value in before.items()):
                 entries.clear()

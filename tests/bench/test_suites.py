@@ -24,6 +24,7 @@ QUICK = Options(quick=True, seconds=0.01)
 def run_bench(*arguments, module="taylor_cuda.bench"):
     # One thread: on a busy machine two of them wait for each other, and nothing here is about speed.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # beside which pytest-benchmark measures nothing
     command_line = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command_line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -139,6 +139,10 @@ def test_ctrl_c_at_any_line_leaves_the_old_model_or_the_new_one():
         with pytest.raises(KeyboardInterrupt), interrupt_at_line(number):
             cut(model, groups, keep, optimizer, ema)
         assert torch._C._len_torch_function_stack() == 0
+        torch.autocast_increment_nesting()
+        assert torch.autocast_decrement_nesting() == 0
+        assert torch.is_grad_enabled()
+        assert not torch.is_autocast_enabled("cpu")
         after = fingerprint(model, optimizer, ema, groups)
         if differences(before, after):
             assert not differences(wanted, comparable(after)), f"line {number} of {total}"
