@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -13,7 +14,7 @@ KEY_NAMES = [field.name for field in fields(Key)]
 
 
 @dataclass(frozen=True)
-class Promise:
+class Promise(ABC):
     """Something about our rows of one race.
 
     Attributes:
@@ -26,13 +27,13 @@ class Promise:
     provider: str | None = None
     timer: str | None = None
 
+    @abstractmethod
     def wanted(self) -> str:
         """The promise in words."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judged(self, row: Row, rows: Sequence[Row]) -> tuple[bool, str]:
         """Whether our ``row`` keeps it, and what it says; ``rows`` are all of the race."""
-        raise NotImplementedError
 
     def verdict(self, rows: Sequence[Row]) -> tuple[bool, str] | None:
         """Whether the rows of a run keep it, and a sentence about it; ``None`` where it was not measured."""
