@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,10 @@ def pytest_configure() -> None:
         importlib.import_module("taylor_cuda.kernels")
     except ModuleNotFoundError as error:
         raise pytest.UsageError(f"{error}: install the package first, pip install --no-build-isolation -e .") from error
+    if importlib.util.find_spec("hypothesis") is not None:
+        settings = importlib.import_module("hypothesis").settings
+        settings.register_profile("patient", deadline=None)  # how long an example takes is for the machine to say
+        settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)

@@ -109,7 +109,7 @@ def test_keep_mask_keeps_what_a_sorted_list_does(emulated: Ops, n: int, monkeypa
 @given(
     st.lists(st.one_of(st.sampled_from(cases.SPECIAL_SCORES), st.floats(width=32)), max_size=50), st.integers(-1, 51)
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_keep_mask_of_any_numbers(emulated: Ops, scores: list[float], keep: int) -> None:
     assert cases.check_keep_mask(emulated.keep_mask, torch.tensor(scores, dtype=torch.float32), keep) == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -24,7 +24,6 @@ def by_scipy(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return smallest[component]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.data())
 def test_components_of_random_graphs(count, data):
     node = st.integers(0, count - 1)

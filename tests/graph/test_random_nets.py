@@ -21,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:input.s size at dim=1 does not m
 @settings(
     max_examples=60,
     derandomize=True,
-    deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
     # without Phase.shrink, which makes the network that fails small, but takes five minutes

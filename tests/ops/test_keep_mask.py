@@ -55,7 +55,7 @@ NUMBERS = st.one_of(st.sampled_from(SPECIAL_SCORES), st.integers(-3, 3).map(floa
 
 
 @each_backend
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(NUMBERS, max_size=60), st.integers(-2, 70), st.booleans())
 def test_a_sorted_list_keeps_the_same(backend: str, scores: list[float], keep: int, wide: bool) -> None:
     dtype = torch.float64 if wide else torch.float32

@@ -18,7 +18,7 @@ fractions = st.floats(0.05, 1.0)
 budgets = st.dictionaries(st.sampled_from(["macs", "params", "channels"]), fractions, min_size=1)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     left=st.integers(1, 24),
     right=st.integers(1, 24),
@@ -88,7 +88,7 @@ def check_every_tensor(model, groups, keep, round_to: int, min_keep: int, max_ra
                 assert (old - taken + sum(stuck)) % round_to
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(net=st.sampled_from(sorted(NETS)), low=fractions, high=fractions, seed=st.integers(0, 9))
 def test_a_tighter_channel_budget_keeps_a_subset(net: str, low: float, high: float, seed: int) -> None:
     """Each unit saves one channel, so nothing overshoots or is given back, and plans are nested."""
@@ -104,7 +104,7 @@ def test_a_tighter_channel_budget_keeps_a_subset(net: str, low: float, high: flo
         assert tight.cost.channels == int(low * channels)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     net=st.sampled_from(sorted(NETS)),
     fraction=fractions,

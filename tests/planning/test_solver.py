@@ -31,7 +31,7 @@ IDS = ["python", "native"][: len(SOLVERS)]
 
 
 @pytest.mark.parametrize("solve", SOLVERS, ids=IDS)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(problem=problems())
 def test_same_counts_as_the_plain_restatement(solve, problem: Problem) -> None:
     assert solve(problem) == eager(problem)
@@ -69,7 +69,7 @@ def test_a_term_of_two_joined_groups_is_saved_once(solve) -> None:
 
 
 @pytest.mark.parametrize("solve", SOLVERS, ids=IDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problem=problems(groups=4))
 def test_limits_and_floors_hold_and_nothing_more_can_be_given_back(solve, problem: Problem) -> None:
     counts = solve(problem)
@@ -80,7 +80,7 @@ def test_limits_and_floors_hold_and_nothing_more_can_be_given_back(solve, proble
 
 
 @pytest.mark.parametrize("solve", SOLVERS, ids=IDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems(feasible=False))
 def test_infeasible_limits_are_refused_and_only_those(solve, problem: Problem) -> None:
     if holds(problem, lowest_counts(problem)):
@@ -91,7 +91,7 @@ def test_infeasible_limits_are_refused_and_only_those(solve, problem: Problem) -
 
 
 @pytest.mark.parametrize("solve", SOLVERS, ids=IDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems(groups=3, costs=1, joined=False))
 def test_optimal_where_units_cost_the_same(solve, problem: Problem) -> None:
     """With one unit at a time and one cost for all, the least valued units are the best choice there is."""
@@ -115,7 +115,7 @@ def test_optimal_where_units_cost_the_same(solve, problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("solve", SOLVERS, ids=IDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems(groups=3, costs=1, joined=False))
 def test_at_most_one_unit_from_the_optimum_where_costs_are_linear(solve, problem: Problem) -> None:
     """Fixed costs per unit make a knapsack: taking the best ratios first loses less than the last unit's value."""

@@ -205,7 +205,7 @@ def test_a_malformed_recipe_is_refused(recipe):
 
 
 @given(st.sets(st.integers(0, 300), min_size=1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_positions_survive_being_written(positions):
     tensor = torch.tensor(sorted(positions))
     assert torch.equal(parse_positions(write_positions(tensor), 301), tensor)
@@ -217,7 +217,7 @@ def test_positions_are_written_as_ranges():
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_number_of_cuts_composes(data):
     model, x, groups = make(Residual, dtype=torch.float64)
     fresh = copy.deepcopy(model)
