@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from taylor_cuda.kernels import _sums
-from taylor_cuda.kernels._launch import Loop, Pair, Tiling, device_of, make_pair, make_tiling
-from taylor_cuda.kernels._sums import PLACES, SIZES, STRIDES, _offsets, _wide
+from taylor_cuda.kernels._launch import Pair, Tiling, device_of, make_pair, make_tiling
+from taylor_cuda.kernels._sums import PLACES, SIZES, STRIDES, _in_units, _offsets, _wide
 
 
 @triton.jit
@@ -123,10 +123,6 @@ def _laid_as(x: Tensor, other: Tensor) -> Tensor:
     """The tensor itself where it lies as the other does, else a copy that does."""
     alike = all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), other.stride(), strict=True))
     return x if alike else torch.empty_like(other).copy_(x)
-
-
-def _in_units(loop: Loop, unit: int) -> Loop:
-    return Loop(loop.size, loop.a // unit, loop.g // unit)
 
 
 def warps_of(tiling: Tiling, skip: bool) -> int:
