@@ -35,6 +35,12 @@ OPS = (
     "score_relu_backward",
     "batch_norm_relu_forward",
     "batch_norm_relu_backward",
+    "pack_channels",
+    "unpack_channels",
+    "gather_kept",
+    "scatter_kept",
+    "masked_conv2d_forward",
+    "masked_conv2d_backward",
 )
 
 # Best first. The order for CUDA is a presumption until a GPU run shows otherwise, op by op; such a row goes into

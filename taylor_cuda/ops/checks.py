@@ -244,3 +244,20 @@ def _check_vector(vector: Tensor, x: Tensor, name: str) -> None:
         raise InputError(f"{name}: wanted {either} for x of {x.dtype}, got {vector.dtype}")
     if vector.device != x.device:
         raise InputError(f"{name}: wanted it on {x.device}, where x is, got it on {vector.device}")
+
+
+def check_kept_lists(tensors: Sequence[Tensor], keep: Tensor, bounds: Sequence[int]) -> None:
+    """Raise unless there are lists of rows and of columns for every tensor, each for a dimension that it has."""
+    if keep.dtype != torch.int64 or keep.dim() != 1 or not keep.is_contiguous():
+        raise InputError(f"keep: wanted a contiguous int64 vector, got {keep.dtype} {tuple(keep.shape)}")
+    if len(bounds) != 2 * len(tensors) + 1 or list(bounds) != sorted(bounds) or bounds[0] != 0:
+        raise InputError(f"bounds: wanted {2 * len(tensors) + 1} ascending numbers from 0, got {list(bounds)}")
+    if bounds[-1] != keep.shape[0]:
+        raise InputError(f"bounds: wanted them to end at {keep.shape[0]}, the length of keep, got {bounds[-1]}")
+    for i, tensor in enumerate(tensors):
+        check_tensor(tensor, f"tensors[{i}]")
+        lists = sum(bounds[2 * i + part + 1] > bounds[2 * i + part] and part + 1 for part in (0, 1))
+        if tensor.dim() < (2 if lists >= 2 else 1):
+            raise InputError(f"tensors[{i}]: wanted the dimensions that bounds has lists for, got {tuple(tensor.shape)}")
+        if tensor.device != keep.device:
+            raise InputError(f"tensors[{i}]: wanted it on {keep.device}, where keep is, got it on {tensor.device}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from taylor_cuda.ops import backends, checks, reference
+from taylor_cuda.ops import backends, checks, reference, reference_conv
 
 _LIBRARY = torch.library.Library("taylor_cuda", "DEF")
 _PLAIN = frozenset({Tensor, Parameter})
@@ -101,7 +101,7 @@ def _redispatch_and_bump(name: str, changed: Sequence[int]) -> Callable[..., Any
 def _bump(args: Sequence[Any], changed: Sequence[int]) -> None:
     """Tell autograd that arguments changed, as in-place ops of PyTorch do, so that a stale saved tensor raises."""
     given = [args[position] for position in changed if position < len(args)]  # the dispatcher leaves defaults out
-    for tensor in given:
+    for tensor in [each for value in given for each in (value if isinstance(value, (list, tuple)) else [value])]:
         if tensor is not None and not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
 
@@ -205,3 +205,87 @@ batch_norm_relu_forward = _define(
 batch_norm_relu_backward = _define(
     reference.batch_norm_relu_backward, _fake_batch_norm_relu_backward, mutates=("sums",)
 )
+
+
+def _fake_pack_channels(x: Tensor, keep: Tensor) -> Tensor:
+    torch._check(keep.dim() == 1)
+    return reference_conv.empty_laid_as(x, (x.shape[0], keep.shape[0], *x.shape[2:]))
+
+
+def _fake_unpack_channels(x: Tensor, keep: Tensor, channels: int) -> Tensor:
+    torch._check(keep.dim() == 1)
+    torch._check(keep.shape[0] == x.shape[1])
+    return reference_conv.empty_laid_as(x, (x.shape[0], channels, *x.shape[2:]))
+
+
+def _fake_gather_kept(
+    tensors: Sequence[Tensor], keep: Tensor, bounds: Sequence[int], cast: Sequence[bool], dtype: torch.dtype
+) -> list[Tensor]:
+    checks.check_kept_lists(tensors, keep, bounds)
+    results = []
+    for i, tensor in enumerate(tensors):
+        shape = list(tensor.shape)
+        for dim, kept in enumerate(reference_conv.lists_of(keep, bounds, i)):
+            if kept is not None:
+                shape[dim] = kept.shape[0]
+        results.append(reference_conv.empty_laid_as(tensor, shape, dtype if cast[i] else tensor.dtype))
+    return results
+
+
+def _fake_scatter_kept(
+    values: Sequence[Tensor], targets: Sequence[Tensor], keep: Tensor, bounds: Sequence[int], clear: bool
+) -> None:
+    checks.check_kept_lists(targets, keep, bounds)
+    torch._check(len(values) == len(targets))
+
+
+pack_channels = _define(reference.pack_channels, _fake_pack_channels)
+unpack_channels = _define(reference.unpack_channels, _fake_unpack_channels)
+gather_kept = _define(reference.gather_kept, _fake_gather_kept)
+scatter_kept = _define(reference.scatter_kept, _fake_scatter_kept, mutates=("targets",))
+
+
+def _fake_masked_conv2d_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    keep_out: Tensor | None,
+    keep_in: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    packed: bool,
+    scale: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    channels = weight.shape[1] * groups
+    whole = x.new_empty((x.shape[0], channels, *x.shape[2:])) if packed and keep_in is not None else x
+    y = torch.conv2d(whole, weight, None, stride, padding, dilation, groups)
+    kept = keep_out.shape[0] if packed and keep_out is not None else y.shape[1]
+    return reference_conv.empty_laid_as(x, (y.shape[0], kept, *y.shape[2:]))
+
+
+def _fake_masked_conv2d_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    keep_out: Tensor | None,
+    keep_in: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    packed: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = x.new_empty(0)
+    return (
+        torch.empty_like(x) if needs[0] else none,
+        torch.empty_like(weight) if needs[1] else none,
+        weight.new_empty(weight.shape[0]) if needs[2] else none,
+    )
+
+
+masked_conv2d_forward = _define(reference.masked_conv2d_forward, _fake_masked_conv2d_forward)
+masked_conv2d_backward = _define(reference.masked_conv2d_backward, _fake_masked_conv2d_backward)

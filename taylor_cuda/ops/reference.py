@@ -14,6 +14,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from taylor_cuda.ops.reference_conv import (
+    gather_kept,
+    masked_conv2d_backward,
+    masked_conv2d_forward,
+    pack_channels,
+    scatter_kept,
+    unpack_channels,
+)
+
+__all__ = [
+    "CHANNEL_REDUCTIONS",
+    "UNIT_REDUCTIONS",
+    "WEIGHT_REDUCTIONS",
+    "accumulate_channel_sums",
+    "accumulate_importance",
+    "batch_norm_relu_backward",
+    "batch_norm_relu_forward",
+    "channel_importance",
+    "channel_sums",
+    "gather_kept",
+    "keep_mask",
+    "masked_conv2d_backward",
+    "masked_conv2d_forward",
+    "pack_channels",
+    "result_dtype",
+    "scatter_kept",
+    "score_relu_backward",
+    "unpack_channels",
+    "weight_importance",
+]
+
 CHANNEL_REDUCTIONS = ("batch", "sample", "abs", "element")  # in the order of the rows of "all"
 WEIGHT_REDUCTIONS = ("sum", "square", "abs")
 UNIT_REDUCTIONS = ("batch", "sample", "abs", "sum")
