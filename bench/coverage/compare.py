@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
@@ -85,8 +86,9 @@ def furthest(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
 
 def count_macs(model: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates of a forward pass in eval mode."""
-    # with gradients: without them nn.MultiheadAttention runs as one op that isn't counted
-    with FlopCounterMode(display=False) as counter:
+    # with gradients: without them nn.MultiheadAttention runs as one op that isn't counted. As two products, which every
+    # release counts, where some don't count every fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x)
     return int(counter.get_total_flops()) // 2
 
