@@ -18,8 +18,9 @@ from taylor_cuda.ops import (
     weight_importance,
 )
 from taylor_cuda.planning import Plan, plan
-from taylor_cuda.pruner import Pruner, watch
-from taylor_cuda.surgery import cut, load, save
+from taylor_cuda.pruner import Pruner
+from taylor_cuda.surgery import compact, cut, load, save
+from taylor_cuda.watched import watch
 
 try:
     __version__ = version("taylor-cuda")
@@ -43,6 +44,7 @@ __all__ = [
     "batch_norm_relu",
     "channel_importance",
     "channel_sums",
+    "compact",
     "cut",
     "fuse_scoring",
     "keep_mask",

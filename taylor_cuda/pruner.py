@@ -1,25 +1,24 @@
-"""The pruning loop as a companion of somebody's training loop: ``tc.Pruner`` prunes, ``tc.watch`` only looks."""
+"""The pruning loop as a companion of somebody's training loop: ``tc.Pruner``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from taylor_cuda.distributed import Replicas
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph import trace
 from taylor_cuda.graph.groups import Groups
 from taylor_cuda.importance import Importance
-from taylor_cuda.importance.criteria import Source
+from taylor_cuda.importance.criteria import Source, find_criterion
 from taylor_cuda.planning import Plan, budgets_at, parse_budget, plan
-from taylor_cuda.surgery import cut
+from taylor_cuda.planning.cost import Cost, model_cost
+from taylor_cuda.planning.rungs import resolve_round_to
+from taylor_cuda.surgery.modes import execution_of
 from taylor_cuda.surgery.shrink import Shrinking
-from taylor_cuda.text import table
 
 
 class Pruner:
@@ -70,7 +69,15 @@ class Pruner:
         seed: see ``tc.Importance``.
         norm_term: see ``tc.Importance``.
         ema: a module or a dict of tensors that follows every cut.
-        verify: compare every cut with the masked model, and undo it if they differ.
+        verify: compare every cut with the masked model, and undo it if they differ; likewise a compact model.
+        mode: how channels go. ``"cut"``: for real, at every prune step. ``"compact"``: the model stays dense and runs
+            compact (``tc.compact``), as fast as a cut one; ``"mask"``: it runs with the channels off, at full cost.
+            All three decide alike and, but for rounding, train alike; in the last two ``finish()`` cuts at the end, and
+            until then every weight is there.
+
+    Attributes:
+        groups: of ``model`` as it is: in the modes ``"compact"`` and ``"mask"`` those of the dense one.
+        keep: ``{group name: int64 indices of its units that are left}``; with ``groups``, a plan of what runs.
 
     Raises:
         BudgetError: no plan can meet the budget; raised here, before any training.
@@ -98,6 +105,7 @@ class Pruner:
         ema: Any = None,
         verify: bool = True,
         norm_term: bool = False,
+        mode: str = "cut",
     ) -> None:
         for name, value in (("every", every), ("steps", steps)):
             if not isinstance(value, int) or value < 1:
@@ -108,7 +116,7 @@ class Pruner:
         self.every, self.steps, self.schedule = every, steps, schedule
         budgets_at(schedule, self.budget, steps, steps)
         self._limits: dict[str, Any] = {
-            "round_to": round_to,
+            "round_to": resolve_round_to(self.model, round_to),
             "min_keep": min_keep,
             "max_ratio": max_ratio,
             "rank": rank,
@@ -119,20 +127,28 @@ class Pruner:
         anything = {group.name: torch.ones(group.size) for group in self.groups}
         plan(self.model, self.groups, anything, self.budget, **self._limits)
         Shrinking(self.model, {member.tensor: {} for group in self.groups for member in group.members}, optimizer, ema)
+        self.mode = mode
+        if norm_term and mode != "cut":
+            raise InputError(f"norm_term: wanted mode='cut' with it, got mode={mode!r}")
+        gradient = find_criterion(criterion).gradient
+        self._execution = execution_of(mode, self.model, self.groups, optimizer, ema, weights=not gradient)
+        scored = self._execution.scored
         self.importance = Importance(
-            self.model,
-            self.groups,
+            *scored,
             criterion,
             source,
             momentum,
             seed,
             norm_term=norm_term,
             process_group=self._replicas.group,
+            fuse=mode == "cut",  # a ReLU gives no ride where something else reaches into the forward pass
         )
         self._wrapper_check = self._replicas.watch_wrapper()
         self.batches = 0
         self.prunes = 0
+        self.finished = False
         self._skipped = 0
+        self._changed = 0
         self.history: list[dict[str, Any]] = []
 
     @property
@@ -178,6 +194,8 @@ class Pruner:
             InputError: no scores were taken, or the last backward pass had ``accumulate=True``.
             TaylorError: ranks would cut differently, or a cut failed on another rank.
         """
+        self._changed += 1
+        self._execution.check_reached(self._changed)
         if self.done:
             return None
         if self.importance.accumulating:
@@ -199,14 +217,17 @@ class Pruner:
 
     def _prune(self) -> Plan:
         budget = budgets_at(self.schedule, self.budget, self.prunes + 1, self.steps)
-        sizes = self.groups.sizes()
+        execution = self._execution
+        sizes = execution.planned_groups.sizes()
         with self._replicas.together("the plan"):
             skipped = self.importance.skipped
+            execution.refresh()
             self.importance.fold()
             self._skipped += skipped
-            decided = plan(self.model, self.groups, self.importance.scores(), budget, **self._limits)
+            scores = execution.for_plan(self.importance.scores())
+            decided = plan(execution.planned, execution.planned_groups, scores, budget, **self._limits)
         self._replicas.agree("the plan", decided.digest)
-        self._cut(decided.keep, self._verify)
+        self._carry_out(decided.keep, self._verify)
         self.prunes += 1
         removed = {name: sizes[name] - kept.numel() for name, kept in decided.keep.items()}
         self.history.append(
@@ -223,13 +244,50 @@ class Pruner:
         self._close_if_done()
         return decided
 
-    def _cut(self, keep: Mapping[str, Tensor], verify: bool) -> None:
-        sizes = self.groups.sizes()
+    def _carry_out(self, keep: Mapping[str, Tensor], verify: bool) -> None:
+        sizes = self._execution.planned_groups.sizes()
         if all(kept.numel() == sizes[name] for name, kept in keep.items()):
             return
         with self._replicas.together("the cut"):
-            cut(self.model, self.groups, keep, self.optimizer, self.ema, verify=verify)
-        self.importance.keep(dict(keep))
+            self._execution.carry_out(keep, verify)
+        self._changed = 0
+        if self._execution.scores_shrink:
+            self.importance.keep(dict(keep))
+        if self.mode == "cut":
+            self._replicas.rewrap()
+
+    @property
+    def keep(self) -> dict[str, Tensor]:
+        """The units of ``groups`` that are left."""
+        return dict(self._execution.left)
+
+    @property
+    def cost(self) -> Cost:
+        """What the model costs with the channels that are left."""
+        return model_cost(self._execution.planned, self._execution.planned_groups)
+
+    def finish(self) -> None:
+        """Cut for good what the modes ``"compact"`` and ``"mask"`` have left out. Call it when ``done``.
+
+        Everything goes as with a cut of ``mode="cut"``: optimizer, EMA copy, wrapper. There is nothing to do in that
+        mode, nor the second time.
+
+        Raises:
+            InputError: there are prune steps left to do.
+        """
+        if not self.done:
+            raise InputError(f"finish: wanted it after the last prune step, got it after {self.prunes} of {self.steps}")
+        if self.finished:
+            return
+        self.finished = True
+        if self.mode == "cut":
+            return
+        left = self.keep
+        with self._replicas.together("the cut"):
+            self._execution.finish(self._verify)
+        if not self._execution.scores_shrink:
+            self.importance.keep(left)
+            self.importance.close()
         self._replicas.rewrap()
 
     def _close_if_done(self) -> None:
@@ -241,7 +299,9 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule stands and what was collected; save it beside the model's and the optimizer's state."""
         return {
-            "kept": {group.name: group.kept.clone() for group in self.groups},
+            "mode": self.mode,
+            "finished": self.finished,
+            "kept": {group.name: group.kept.clone() for group in self._execution.planned_groups},
             "original": {group.name: group.original_size for group in self.groups},
             "batches": self.batches,
             "prunes": self.prunes,
@@ -262,99 +322,12 @@ class Pruner:
                 "state_dict: it belongs to another model, or this model was already pruned; build the model and "
                 "the pruner as in the first run before loading"
             )
-        self._cut(state["kept"], verify=False)
+        if state.get("mode", "cut") != self.mode:
+            raise InputError(f"state_dict: mode is {state['mode']!r} there and {self.mode!r} here")
+        self._carry_out(state["kept"], verify=False)
         self.batches, self.prunes, self._skipped = state["batches"], state["prunes"], state.get("skipped", 0)
         self.history = [dict(entry) for entry in state["history"]]
+        if state.get("finished", False):
+            self.finish()
         self.importance.load_state_dict(state["importance"])
         self._close_if_done()
-
-
-class Watched:
-    """The scores that ``tc.watch`` collects."""
-
-    def __init__(self, importance: Importance, groups: Groups) -> None:
-        self._importance, self.groups = importance, groups
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps seen."""
-        return self._importance.steps
-
-    def scores(self) -> dict[str, Tensor]:
-        """``{group: fp32 [size]}``; higher = keep."""
-        return self._importance.scores()
-
-    def table(self) -> str:
-        """One line a group: its channels, how much loss they are predicted to be worth, and how unevenly."""
-        rows = []
-        for name, score in self.scores().items():
-            worth = score.sqrt().cpu()
-            weak = int((worth < 0.1 * worth.mean()).sum())
-            rows.append(
-                (
-                    name,
-                    score.numel(),
-                    f"{worth.sum():.3g}",
-                    f"{worth.min():.2g}",
-                    f"{worth.median():.2g}",
-                    f"{worth.max():.2g}",
-                    weak,
-                )
-            )
-        header = ("group", "channels", "|loss change|", "lowest", "median", "highest", "below a tenth of the mean")
-        return table(header, rows)
-
-
-@contextmanager
-def watch(
-    model: nn.Module,
-    example_inputs: Any,
-    criterion: str = "taylor_fo",
-    ignore: Sequence[str] = (),
-    source: Source = "auto",
-    scaler: Any = None,
-) -> Iterator[Watched]:
-    """Score every channel while somebody else's training loop runs; nothing else changes.
-
-    ::
-
-        with tc.watch(model, example_inputs) as scores:
-            train_one_epoch()
-        print(scores.table())
-
-    Scores are taken right before each ``step()`` of the first optimizer seen that owns a parameter of the model, from
-    the gradients it is about to use: a loop that clips gradients is scored on clipped ones, one that accumulates them
-    on their sum, one with a ``GradScaler`` on unscaled ones.
-
-    Args:
-        model: the module itself, not a compiled one; or a ``DistributedDataParallel`` around it.
-        example_inputs: see ``tc.trace``.
-        criterion: see ``tc.Importance``.
-        ignore: see ``tc.trace``.
-        source: see ``tc.Importance``.
-        scaler: the loop's ``GradScaler``. Only needed where scores come from activations, whose gradients it doesn't
-            unscale.
-    """
-    replicas = Replicas(model)
-    groups = trace(replicas.module, example_inputs, ignore=ignore)
-    importance = Importance(replicas.module, groups, criterion, source=source, process_group=replicas.group)
-    mine = {id(parameter) for parameter in model.parameters()}
-    one = torch.ones((), device=next(model.parameters()).device)
-    owner: list[int] = []
-
-    def before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        if not owner and any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-            owner.append(id(optimizer))
-        if owner and owner[0] == id(optimizer):
-            # a fused optimizer unscales in its own kernel: its GradScaler tells it the factor, and always calls step()
-            carried = getattr(optimizer, "grad_scale", None)
-            factor = carried if scaler is None else scaler.scale(one)
-            scaled = scaler is not None or hasattr(optimizer, "found_inf")
-            importance.update(1.0 if factor is None else factor, unscaled=scaled and carried is None)
-
-    handle = register_optimizer_step_pre_hook(before_step)
-    try:
-        yield Watched(importance, groups)
-    finally:
-        handle.remove()
-        importance.close()

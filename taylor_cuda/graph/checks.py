@@ -9,7 +9,10 @@ from torch import nn
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.groups import named_tensors
 
-__all__ = ["check_model"]
+__all__ = ["COMPACTED", "check_model", "check_not_compacted"]
+
+COMPACTED = "taylor_cuda_compacted"
+"""The attribute of a model that runs compact (``tc.compact``) under which that is kept."""
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule"})
@@ -48,3 +51,9 @@ def check_model(model: Any, what: str) -> None:
             raise InputError(f"{what}: {name} is distributed over devices (a DTensor); do this before it is")
         if nn.parameter.is_lazy(tensor):
             raise InputError(f"{what}: {name} has no shape yet; run the model once, as every lazy module needs")
+
+
+def check_not_compacted(model: nn.Module, what: str) -> None:
+    """Raise if ``model`` runs compact: its forward pass isn't that of its parameters."""
+    if COMPACTED in vars(model):
+        raise InputError(f"{what}: model runs compact; close() what tc.compact returned first, or tc.cut the model")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from taylor_cuda.graph.checks import check_model
+from taylor_cuda.graph.checks import check_model, check_not_compacted
 from taylor_cuda.graph.groups import Groups, Role, named_tensors, units_to_keep
 from taylor_cuda.graph.sites import RMS_NORMS, ReaderInputs, active_in_forward
 from taylor_cuda.graph.slicing import stays
@@ -94,6 +94,7 @@ def masked(model: nn.Module, groups: Groups, plan: Any) -> Iterator[None]:
     is kept.
     """
     check_model(model, "masked")
+    check_not_compacted(model, "masked")
     keep = units_to_keep(groups, plan)
     masks = MaskedForward(model, groups, keep)
     mode: TorchFunctionMode = masks

@@ -7,7 +7,7 @@ as well as ``self.conv(x)``. Inputs are met above autograd, so what is put there
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,9 +30,24 @@ _SPATIAL = {
     torch.conv_transpose3d: 3,
     F.linear: 0,
 }
+_CONTRACTED = {torch.conv_transpose1d: 0, torch.conv_transpose2d: 0, torch.conv_transpose3d: 0}
+"""The dimension of a weight that meets the channels of the input; 1 of all others."""
 READER_FUNCTIONS = frozenset(_SPATIAL)
 RMS_NORMS = frozenset({F.rms_norm, torch.rms_norm})
 """What an RMSNorm calls; devices and releases differ in the ops it comes to."""
+
+
+_STANDS_FOR = "taylor_cuda_stands_for"
+
+
+def stand_in(part: Tensor, dense: Tensor, kept: Mapping[int, Tensor]) -> None:
+    """Say that ``part`` is used in the place of ``dense``, of which it has the ``kept`` positions (-1: zeros)."""
+    setattr(part, _STANDS_FOR, (dense, kept))
+
+
+def _stood_for(tensor: Any) -> tuple[Any, Mapping[int, Tensor]]:
+    found: tuple[Any, Mapping[int, Tensor]] = getattr(tensor, _STANDS_FOR, (tensor, {}))
+    return found
 
 
 class ReaderInputs(TorchFunctionMode):
@@ -43,6 +58,9 @@ class ReaderInputs(TorchFunctionMode):
         tensors = named_tensors(model)
         self._name_of = {id(tensors[name]): name for name in weights}
         self._transform = transform
+        self.kept: dict[str, tuple[Tensor, int]] = {}
+        """Of readers met in a model that runs compact: the dense position of each channel they read (-1: zeros), and
+        how many there are."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,12 +68,19 @@ class ReaderInputs(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SPATIAL:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            name = self._name_of.get(id(weight))
+            dense, kept = _stood_for(weight)
+            name = self._name_of.get(id(dense))
             if name is not None:
+                self._note_kept(name, dense, kept, _CONTRACTED.get(func, 1))
                 x = args[0] if args else kwargs.pop("input")
                 dim = x.dim() - 1 - _SPATIAL[func]
                 args = (self._transform(name, x, dim), *args[1:])
         return self.call(func, args, kwargs)
+
+    def _note_kept(self, name: str, dense: Tensor, kept: Mapping[int, Tensor], dim: int) -> None:
+        self.kept.pop(name, None)
+        if dim in kept:
+            self.kept[name] = kept[dim], dense.shape[dim]
 
     def weights(self) -> set[int]:
         """The ids of the tensors at whose uses the mode does something."""
@@ -64,6 +89,11 @@ class ReaderInputs(TorchFunctionMode):
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function; a place for subclasses to change what it does."""
         return func(*args, **kwargs)
+
+
+def is_active(mode: TorchFunctionMode) -> bool:
+    """Whether this very mode is on the stack of this thread."""
+    return any(active is mode for active in _get_current_function_mode_stack())
 
 
 def active_in_forward(model: nn.Module, mode: ReaderInputs) -> list[RemovableHandle]:
@@ -76,7 +106,7 @@ def active_in_forward(model: nn.Module, mode: ReaderInputs) -> list[RemovableHan
     function_mode: TorchFunctionMode = mode
 
     def enter(_module: nn.Module, _args: Any) -> None:
-        fresh = not any(active is mode for active in _get_current_function_mode_stack())
+        fresh = not is_active(mode)
         entered.fresh = [*getattr(entered, "fresh", []), fresh]
         if fresh:
             function_mode.__enter__()

@@ -10,7 +10,7 @@ from torch import nn
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.affine import with_affine
-from taylor_cuda.graph.checks import check_model
+from taylor_cuda.graph.checks import check_model, check_not_compacted
 from taylor_cuda.graph.flow import Flow
 from taylor_cuda.graph.groups import Call, ChannelGroup, Frozen, Groups, call_arguments, named_tensors
 from taylor_cuda.graph.labels import Array
@@ -47,6 +47,7 @@ def trace(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = (), pro
             or there is nothing to prune.
     """
     check_model(model, "trace")
+    check_not_compacted(model, "trace")
     _check_tensors(model)
     inputs: Inputs = copied(call_arguments(example_inputs))
     stay = _matching(model, ignore)

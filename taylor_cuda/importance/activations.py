@@ -25,11 +25,20 @@ class ForwardPass:
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    """In a model that runs compact: the dense position of each channel of a reader's sums, and their number."""
     length: dict[str, int] = field(default_factory=dict)
     riding: list[Riding] = field(default_factory=list)
 
     def settle(self) -> None:
-        """Add the sums that rode on ReLUs, once the backward pass is over, to those of gates."""
+        """Complete the sums once the backward pass is over: those that rode on ReLUs, zeros of what did not run."""
+        for name, (positions, size) in self.kept.items():
+            chosen = (positions >= 0).nonzero().flatten()
+            sums, device = self.sums[name], self.sums[name].device
+            dense = sums.new_zeros((*sums.shape[:-1], size))
+            dense.index_copy_(-1, positions[chosen].to(device), sums.index_select(-1, chosen.to(device)))
+            self.sums[name] = dense
+        self.kept = {}
         riding, self.riding = self.riding, []
         for one in riding:
             name, sums = one.reader, one.spread()
@@ -115,6 +124,8 @@ class ReaderSums:
         if sums is None:
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             sums = current.sums[name] = torch.zeros(shape, dtype=dtype, device=x.device)
+            if name in self._sites.kept:
+                current.kept[name] = self._sites.kept[name]
             current.length[name] = x[0, 0].numel()
         return sums
 

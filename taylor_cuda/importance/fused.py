@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_cuda.errors import InputError
-from taylor_cuda.graph.checks import check_model
+from taylor_cuda.graph.checks import check_model, check_not_compacted
 from taylor_cuda.graph.groups import ChannelGroup, Groups
 from taylor_cuda.graph.observe import reader_weights
 from taylor_cuda.graph.program import Program, record_programs
@@ -22,6 +22,7 @@ class FusedScoring:
 
     def __init__(self, model: nn.Module, groups: Groups, per_example: bool) -> None:
         check_model(model, "fuse_scoring")
+        check_not_compacted(model, "fuse_scoring")
         self._model, self._groups, self._per_example = model, groups, per_example
         weights = reader_weights(groups)
         self._programs = record_programs(model, groups, weights)

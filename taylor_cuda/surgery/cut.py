@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylor_cuda.graph.checks import check_model
+from taylor_cuda.graph.checks import COMPACTED, check_model
 from taylor_cuda.graph.groups import Groups, units_to_keep
 from taylor_cuda.graph.recorder import copy_model
 from taylor_cuda.graph.slicing import shrink_groups, slice_model, tensor_keeps
+from taylor_cuda.surgery.compact import Compacted
 from taylor_cuda.surgery.recipe import check_current, compose
 from taylor_cuda.surgery.shrink import Shrinking
 from taylor_cuda.surgery.verify import DifferenceError, MaskedReference
@@ -27,6 +28,8 @@ def cut(
     gradients, buffers, the optimizer's state and EMA copies; layers' sizes follow; dtype, device, ``requires_grad``,
     memory format and training flags stay. It is a transaction: whatever is raised, ``KeyboardInterrupt`` included,
     everything is as it was before, bit for bit.
+
+    A model that runs compact (``tc.compact``) no longer does so afterwards: the cut makes a plan permanent.
 
     What was cut is remembered, in original positions, as ``model.taylor_cuda_recipe``.
 
@@ -53,6 +56,16 @@ def cut(
         CutError: the cut model doesn't compute what the masked model did.
     """
     check_model(model, "cut")
+    compacted: Compacted | None = vars(model).get(COMPACTED)
+    if compacted is None:
+        return _cut(model, groups, plan, optimizer, ema, verify)
+    with compacted.suspended():
+        result = _cut(model, groups, plan, optimizer, ema, verify)
+    compacted.close()
+    return result
+
+
+def _cut(model: nn.Module, groups: Groups, plan: Any, optimizer: Any, ema: Any, verify: bool) -> Groups:
     keep = units_to_keep(groups, plan)
     check_current(model, groups)
     keeps = tensor_keeps(model, groups, keep)

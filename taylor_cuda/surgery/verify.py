@@ -16,7 +16,16 @@ from taylor_cuda.graph.mask import MaskedForward, position_masks
 from taylor_cuda.graph.observe import rounds_products
 from taylor_cuda.graph.sites import ReaderInputs
 
-__all__ = ["DifferenceError", "MaskedReference", "quiet", "relative_difference"]
+__all__ = [
+    "DifferenceError",
+    "MaskedReference",
+    "device_of",
+    "floating_leaves",
+    "quiet",
+    "relative_difference",
+    "run_example",
+    "tolerance_of",
+]
 
 
 class DifferenceError(CutError):
@@ -64,7 +73,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_inference()
     ]
-    device = _device(model)
+    device = device_of(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
@@ -81,6 +90,31 @@ def quiet(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if buffer._version != version:
                     buffer.copy_(value)
+
+
+def run_example(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], *modes: Any) -> Any:
+    """What the model returns for its example inputs, within ``quiet`` and ``modes``.
+
+    Args:
+        model: in the dtype and on the device in which it computes.
+        inputs: ``(args, kwargs)``; floating ones are taken in the dtype of the model's parameters.
+        modes: contexts to be active meanwhile.
+    """
+    device = device_of(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to(device, dtype if value.is_floating_point() else None, copy=True)
+
+    args, kwargs = pytree.tree_map(place, inputs)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet(model))
+        for mode in modes:
+            stack.enter_context(mode)
+        # forward() and not a call of the module: hooks on the whole model belong to whoever watches it train
+        return model.forward(*args, **kwargs)
 
 
 class MaskedReference:
@@ -109,7 +143,7 @@ class MaskedReference:
             if tensors[member.tensor].dim() > 1
         }
         self._kept = {name: mask.nonzero().flatten() for name, mask in masks.items()}
-        self._tolerance = max((_tolerance(p.dtype, p.device) for p in tensors.values()), default=0.0)
+        self._tolerance = max((tolerance_of(p.dtype, p.device) for p in tensors.values()), default=0.0)
         self._expected: list[tuple[str, Tensor]] = []
         # weights of grouped convolutions: what they take is compared where it is read, behind them
         self._grouped: set[str] = set()
@@ -119,7 +153,7 @@ class MaskedReference:
             raise InputError(
                 f"groups: the model's forward pass with its example inputs raised {type(error).__name__}: {error}"
             ) from error
-        self._expected += _floats(outputs)
+        self._expected += floating_leaves(outputs)
 
     def compare(self) -> float:
         """Run the model as it is now; return the greatest ``relative_difference``.
@@ -134,7 +168,7 @@ class MaskedReference:
             raise
         except Exception as error:
             raise CutError(f"the cut model's forward pass raised {type(error).__name__}: {error}") from error
-        results = _floats(outputs)
+        results = floating_leaves(outputs)
         for name, value in results:
             self._compare(name, value)
         if results and not any(bool(value.isfinite().any()) for _, value in results):
@@ -153,21 +187,7 @@ class MaskedReference:
         return self._greatest
 
     def _forward(self, at_reader: Any, *modes: Any) -> Any:
-        model, device = self._model, _device(self._model)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-
-        def place(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.detach().to(device, dtype if value.is_floating_point() else None, copy=True)
-
-        args, kwargs = pytree.tree_map(place, self._inputs)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(quiet(model))
-            for mode in (ReaderInputs(model, self._readers, at_reader), *modes):
-                stack.enter_context(mode)
-            # forward() and not a call of the module: hooks on the whole model belong to whoever watches it train
-            return model.forward(*args, **kwargs)
+        return run_example(self._model, self._inputs, ReaderInputs(self._model, self._readers, at_reader), *modes)
 
     def _remember(self, name: str, x: Tensor, dim: int) -> Tensor:
         kept = self._kept.get(name)
@@ -200,19 +220,22 @@ class MaskedReference:
     def _note_precision(self, x: Tensor) -> None:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        self._tolerance = max(self._tolerance, _tolerance(dtype, x.device))
+        self._tolerance = max(self._tolerance, tolerance_of(dtype, x.device))
 
 
-def _floats(outputs: Any) -> list[tuple[str, Tensor]]:
+def floating_leaves(outputs: Any) -> list[tuple[str, Tensor]]:
+    """The floating and complex tensors in what a model returned, by name."""
     leaves = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
     return [(f"output {i}", x) for i, x in enumerate(leaves) if x.is_floating_point() or x.is_complex()]
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first tensor."""
     return next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
 
 
-def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
+def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
+    """The difference, relative to the largest value, that rounding alone may cause."""
     if dtype == torch.float32 and rounds_products(device):
         return _REDUCED_FP32
     return _TOLERANCE.get(dtype, 0.0)
