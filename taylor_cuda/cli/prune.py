@@ -12,6 +12,7 @@ from taylor_cuda.errors import InputError
 from taylor_cuda.importance.criteria import CRITERIA, find_criterion
 from taylor_cuda.planning import parse_budget
 from taylor_cuda.report import measured_lines, run_table, write_summary, write_widths_svg
+from taylor_cuda.surgery.modes import MODES
 from taylor_cuda.train.config import RunConfig, Summary
 from taylor_cuda.train.models import SPEC_FORMS
 from taylor_cuda.train.recipe import run as run_recipe
@@ -65,6 +66,12 @@ def add_parser(commands: Any) -> None:
     )
     pruning.add_argument("--steps", type=int, metavar="N", help="prune steps until the budget is met (default: 10)")
     pruning.add_argument("--schedule", choices=("cubic", "linear"), help="path of the budget (default: cubic)")
+    pruning.add_argument(
+        "--mode",
+        choices=MODES,
+        help="how channels go: cut for real; compact: the network runs as small, all weights stay until the end; mask: "
+        "they are off, at full cost (default: cut)",
+    )
     pruning.add_argument(
         "--ignore", action="append", metavar="GLOB", help="modules whose outputs stay; may be repeated"
     )

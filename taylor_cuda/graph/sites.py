@@ -96,11 +96,12 @@ def is_active(mode: TorchFunctionMode) -> bool:
     return any(active is mode for active in _get_current_function_mode_stack())
 
 
-def active_in_forward(model: nn.Module, mode: ReaderInputs) -> list[RemovableHandle]:
+def active_in_forward(model: nn.Module, mode: ReaderInputs, whole: bool = True) -> list[RemovableHandle]:
     """Make ``mode`` active during every forward pass of ``model`` and nowhere else. Remove the handles to end that.
 
     Activation checkpointing runs parts of the model once more in the backward pass, where no mode of the forward pass
     is active and perhaps in another thread: there the layers whose weights the mode looks for enter it themselves.
+    Without ``whole`` only they do, for a model that ``Around`` takes care of.
     """
     entered = threading.local()
     function_mode: TorchFunctionMode = mode
@@ -120,6 +121,8 @@ def active_in_forward(model: nn.Module, mode: ReaderInputs) -> list[RemovableHan
     owners = [module for module in model.modules() if any(id(p) in wanted for p in module._parameters.values())]
     handles = []
     for module in {id(module): module for module in (model, *owners)}.values():
+        if module is model and not whole:
+            continue
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
     return handles

@@ -57,4 +57,5 @@ def measured_lines(summary: Summary) -> list[str]:
         f"cut == masked: greatest difference {s.cut_difference:.2g} (outputs up to {s.cut_scale:.3g}, {s.cuts} cuts)",
         f"scores from parameters vs from activations: {sources}",
         f"scoring cost: {s.scoring_percent:.1f} % of a step ({s.step_ms:.1f} ms)",
+        f"training step after pruning, mode {s.config['mode']}: {s.pruned_step_ms:.1f} ms",
     ]

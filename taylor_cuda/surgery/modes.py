@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.around import Around
@@ -177,26 +178,38 @@ class _Masked(Around):
 
     def __init__(self, model: nn.Module, groups: Groups, left: Mapping[str, Tensor]) -> None:
         super().__init__(model)
-        masks = MaskedForward(model, groups, left)
-        self._masks: TorchFunctionMode = masks
+        self._groups, self._left = groups, left
+        self._masks: TorchFunctionMode | None = None
+        self._handles: list[RemovableHandle] = []
         self._start()
+        self._make_masks()
+
+    def _make_masks(self) -> TorchFunctionMode:
+        masks = MaskedForward(self.model, self._groups, self._left)
         # activation checkpointing runs layers once more without the model
-        self._handles = active_in_forward(model, masks)
+        self._handles = active_in_forward(self.model, masks, whole=False)
+        self._masks = masks
+        return masks
 
     def _enter(self) -> None:
-        self._fresh = not is_active(self._masks)
-        if self._fresh:
-            self._masks.__enter__()
+        masks = self._masks or self._make_masks()
+        self._entered = None if is_active(masks) else masks
+        if self._entered is not None:
+            self._entered.__enter__()
 
     def _leave(self) -> None:
-        if self._fresh:
-            self._masks.__exit__(None, None, None)
+        if self._entered is not None:
+            self._entered.__exit__(None, None, None)
 
     def close(self) -> None:
         """Take the masks out of the model."""
         for handle in self._handles:
             handle.remove()
         self._stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Masks know tensors by identity: a copy makes its own."""
+        return {**super().__getstate__(), "_masks": None, "_handles": [], "_entered": None}
 
 
 class Masking(Holding):

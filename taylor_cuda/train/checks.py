@@ -17,28 +17,30 @@ from taylor_cuda.graph.mask import masked
 from taylor_cuda.importance import Importance
 from taylor_cuda.surgery import cut
 from taylor_cuda.train.data import Batch
-from taylor_cuda.train.loop import eval_mode, main_output, plain_step
+from taylor_cuda.train.loop import Step, eval_mode, main_output, plain_step
 
 
 class CutWitness:
-    """Follows a model through its cuts and compares each of them with the mask, on real images.
+    """Follows a model through its prune steps and compares each of them with the mask, on real images.
 
-    It keeps a copy of its own, so what it checks is independent of what ``tc.cut`` verifies.
+    It keeps a copy of its own, so what it checks is independent of what ``tc.cut`` and ``tc.compact`` verify.
 
     Args:
         copy_of_model: same widths as the model, free of hooks; it is changed.
         groups: the model's groups now; not changed.
         images: one batch on the model's device.
+        follows: the model is cut, and so is the copy; otherwise both stay dense.
     """
 
-    def __init__(self, copy_of_model: nn.Module, groups: Groups, images: Tensor) -> None:
+    def __init__(self, copy_of_model: nn.Module, groups: Groups, images: Tensor, follows: bool = True) -> None:
         self._copy = copy_of_model.eval()
         self._groups = dataclasses.replace(groups)
         self._images = images
+        self._follows = follows
 
     def follow(self, keep: dict[str, Tensor]) -> None:
         """Make the cuts of an earlier run."""
-        if any(kept.numel() < self._groups[name].size for name, kept in keep.items()):
+        if self._follows and any(kept.numel() < self._groups[name].size for name, kept in keep.items()):
             cut(self._copy, self._groups, keep, verify=False)
 
     def before(self, model: nn.Module) -> None:
@@ -46,17 +48,17 @@ class CutWitness:
         self._copy.load_state_dict(model.state_dict())
 
     @torch.no_grad()
-    def after(self, model: nn.Module, plan: Any) -> tuple[float, float]:
-        """Compare the cut model with the masked copy, in eval mode; then cut the copy too.
+    def after(self, model: nn.Module, keep: dict[str, Tensor]) -> tuple[float, float]:
+        """Compare the model as it runs now with the masked copy, in eval mode; then cut the copy where that follows.
 
         Returns:
             The greatest absolute difference of an output, and the greatest absolute output.
         """
-        with masked(self._copy, self._groups, plan):
+        with masked(self._copy, self._groups, keep):
             expected = main_output(self._copy(self._images))
         with eval_mode(model):
             actual = main_output(model(self._images))
-        self.follow(dict(plan.keep))
+        self.follow(keep)
         return float((actual - expected).abs().max()), float(expected.abs().max())
 
 
@@ -142,14 +144,9 @@ def scoring_cost(
     estimator = Importance(scored, groups, criterion, source=source)
     without = plain_step(plain, torch.optim.SGD(plain.parameters(), lr=1e-4, momentum=0.9))
     with_scores = plain_step(scored, torch.optim.SGD(scored.parameters(), lr=1e-4, momentum=0.9), backward=estimator)
-    device = batch[0].device
 
-    def run(step: Any) -> float:
-        start = time.perf_counter()
-        step(*batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) * 1e3
+    def run(step: Step) -> float:
+        return _step_ms(step, batch)
 
     run(without), run(with_scores)
     base: list[float] = []
@@ -167,3 +164,31 @@ def scoring_cost(
     estimator.close()
     median = statistics.median(base)
     return ScoringCost(median, 100 * statistics.median(extra) / median)
+
+
+def training_step_ms(model: nn.Module, batch: Batch, steps: int = 40, seconds: float = 5.0) -> float:
+    """Median milliseconds of a training step of a model, compact or masked ones included; a copy of it is trained.
+
+    Args:
+        model: on the batch's device.
+        batch: images and labels.
+        steps: at most.
+        seconds: stop after this long, but not before three steps.
+    """
+    trained = copy.deepcopy(model).train()
+    step = plain_step(trained, torch.optim.SGD(trained.parameters(), lr=1e-4, momentum=0.9))
+    _step_ms(step, batch)
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < steps and (len(times) < 3 or time.perf_counter() - begin < seconds):
+        times.append(_step_ms(step, batch))
+    return statistics.median(times)
+
+
+def _step_ms(step: Step, batch: Batch) -> float:
+    start = time.perf_counter()
+    step(*batch)
+    device = batch[0].device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3

@@ -24,6 +24,7 @@ class RunConfig:
         budget: fractions of the original model, as for ``tc.plan``.
         criterion: see ``tc.Importance``.
         schedule: see ``tc.Pruner``.
+        mode: see ``tc.Pruner``; what it has left out is cut at the end of fine-tuning.
         every: minibatches between prune steps.
         steps: prune steps.
         ignore: globs of module names whose outputs stay.
@@ -52,6 +53,7 @@ class RunConfig:
     budget: Mapping[str, float] = field(default_factory=lambda: {"macs": 0.5})
     criterion: str = "taylor_fo"
     schedule: str = "cubic"
+    mode: str = "cut"
     every: int = 10
     steps: int = 10
     ignore: tuple[str, ...] = ()
@@ -141,7 +143,8 @@ class Summary:
             activations.
         source_note: why there is none.
         scoring_percent: what taking scores adds to a training step.
-        step_ms: a training step without it.
+        step_ms: a training step without it, of the network as it was.
+        pruned_step_ms: a training step after pruning, in the mode of the run.
     """
 
     model: str
@@ -170,6 +173,7 @@ class Summary:
     source_note: str | None
     scoring_percent: float
     step_ms: float
+    pruned_step_ms: float
     seconds: float
     config: dict[str, Any]
     environment: dict[str, Any]

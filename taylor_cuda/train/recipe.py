@@ -9,7 +9,7 @@ from collections.abc import Callable
 from taylor_cuda.errors import TaylorError
 from taylor_cuda.pruner import Pruner
 from taylor_cuda.surgery import save
-from taylor_cuda.train.checks import SourceComparison, scoring_cost
+from taylor_cuda.train.checks import SourceComparison, scoring_cost, training_step_ms
 from taylor_cuda.train.config import RunConfig, Summary
 from taylor_cuda.train.environment import environment
 from taylor_cuda.train.latency import latency_ms
@@ -88,6 +88,7 @@ class Stages:
             session.position = Position("finetune")
         if session.position.stage == "finetune":
             self._finetune()
+            pruner.finish()
             session.position = Position("measure")
         return self._measure(pruner)
 
@@ -151,6 +152,9 @@ class Stages:
         before, after = session.costs(pruner)
         told = f"prune: {pruner.steps} steps to {after.macs / before.macs:.3f} of the MACs"
         session.measured.cut_accuracy = self._evaluate("pruned", told)
+        batch = to_device(next(session.train_batches()), session.device)
+        seconds = self.config.measure_seconds
+        session.measured.pruned_step_ms = training_step_ms(session.model, batch, seconds=seconds)
 
     def _prune_step(self, pruner: Pruner, comparison: SourceComparison | None) -> None:
         session, measured = self.session, self.session.measured
@@ -164,7 +168,8 @@ class Stages:
         plan = pruner.step()
         if plan is None:
             return
-        difference, scale = session.witness.after(session.model, plan)
+        kept = plan.keep if pruner.mode == "cut" else pruner.keep
+        difference, scale = session.witness.after(session.model, dict(kept))
         measured.cut_difference = max(measured.cut_difference, difference)
         measured.cut_scale = max(measured.cut_scale, scale)
         measured.cuts += 1
@@ -223,6 +228,7 @@ class Stages:
             source_note=measured.source_note,
             scoring_percent=measured.scoring_percent,
             step_ms=measured.step_ms,
+            pruned_step_ms=measured.pruned_step_ms,
             seconds=session.seconds(),
             config=config.identity(),
             environment=environment(session.device),

@@ -21,7 +21,7 @@ from torch import nn
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.importance.criteria import find_criterion
-from taylor_cuda.planning.cost import Cost, model_cost, original_cost
+from taylor_cuda.planning.cost import Cost, original_cost
 from taylor_cuda.pruner import Pruner
 from taylor_cuda.train.checks import CutWitness
 from taylor_cuda.train.config import RunConfig
@@ -51,6 +51,7 @@ class Measured:
     source_note: str | None = None
     scoring_percent: float = math.nan
     step_ms: float = math.nan
+    pruned_step_ms: float = math.nan
     seconds: float = 0.0
 
 
@@ -122,6 +123,7 @@ class Session:
             every=config.every,
             steps=config.steps,
             schedule=config.schedule,
+            mode=config.mode,
             ignore=config.ignore,
             round_to=config.round_to,
             min_keep=config.min_keep,
@@ -144,7 +146,8 @@ class Session:
         """A fresh optimizer, the pruner, and what watches it. The model has its original widths."""
         self.optimizer = self.new_optimizer()
         pruner = self.new_pruner(self.model, self.optimizer)
-        self.witness = CutWitness(copy.deepcopy(self.original), pruner.groups, self.probe)
+        cuts = self.config.mode == "cut"
+        self.witness = CutWitness(copy.deepcopy(self.original), pruner.groups, self.probe, follows=cuts)
         self.pruner = pruner
         return pruner
 
@@ -165,7 +168,7 @@ class Session:
 
     def costs(self, pruner: Pruner) -> tuple[Cost, Cost]:
         """What the model cost as it was made, and what it costs now."""
-        return original_cost(pruner.groups), model_cost(self.model, pruner.groups)
+        return original_cost(pruner.groups), pruner.cost
 
     def seconds(self) -> float:
         """Time spent on this run, earlier parts included."""
