@@ -279,16 +279,15 @@ class Pruner:
             raise InputError(f"finish: wanted it after the last prune step, got it after {self.prunes} of {self.steps}")
         if self.finished:
             return
+        if self.mode != "cut":
+            left = self.keep
+            with self._replicas.together("the cut"):
+                self._execution.finish(self._verify)
+            if not self._execution.scores_shrink:
+                self.importance.keep(left)
+                self.importance.close()
+            self._replicas.rewrap()
         self.finished = True
-        if self.mode == "cut":
-            return
-        left = self.keep
-        with self._replicas.together("the cut"):
-            self._execution.finish(self._verify)
-        if not self._execution.scores_shrink:
-            self.importance.keep(left)
-            self.importance.close()
-        self._replicas.rewrap()
 
     def _close_if_done(self) -> None:
         if self.done:

@@ -23,7 +23,19 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "taylor_cuda"
 
 # In the order in which a model flows through them: a stage may import from itself and from those before it.
-STAGES = ["errors", "text", "ops", "distributed", "graph", "importance", "planning", "surgery", "study", "pruner", "watched"]
+STAGES = [
+    "errors",
+    "text",
+    "ops",
+    "distributed",
+    "graph",
+    "importance",
+    "planning",
+    "surgery",
+    "study",
+    "pruner",
+    "watched",
+]
 LATER = ["methods", "integrations", "train", "report", "bench", "cli"]
 ORDER = {name: rank for rank, name in enumerate([*STAGES, *LATER])}
 TOP = {"__init__", "__main__", "info"}  # may import anything; nothing but cli imports info

@@ -96,9 +96,10 @@ def test_what_is_printed(capsys, tmp_path, straight):
     assert prune(*TINY, "--out", tmp_path) == 0
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line]
-    assert re.fullmatch(r"cut == masked: greatest difference \S+ \(outputs up to \S+, 3 cuts\)", lines[-4])
-    assert re.fullmatch(r"scores from parameters vs from activations: greatest relative difference \S+", lines[-3])
-    assert re.fullmatch(r"scoring cost: -?\d+\.\d % of a step \(\d+\.\d ms\)", lines[-2])
+    assert re.fullmatch(r"cut == masked: greatest difference \S+ \(outputs up to \S+, 3 cuts\)", lines[-5])
+    assert re.fullmatch(r"scores from parameters vs from activations: greatest relative difference \S+", lines[-4])
+    assert re.fullmatch(r"scoring cost: -?\d+\.\d % of a step \(\d+\.\d ms\)", lines[-3])
+    assert re.fullmatch(r"training step after pruning, mode cut: \d+\.\d ms", lines[-2])
     for words in ("MACs per example", "latency, batch 256", "stage2.1.conv1", "base: 1 epochs: accuracy"):
         assert words in out
     # The same seed gives the same network.
@@ -124,7 +125,7 @@ def interrupt_at(monkeypatch, batch, how):
 
 @pytest.mark.parametrize(
     ("batch", "how", "stage"),
-    # 4 batches of base training, 1 to time a step with, 6 for pruning, 4 for recalibration, 4 of fine-tuning.
+    # 4 batches of base training, 1 to time a step with, 6 for pruning, 4 for recalibration, 1 to time, 4 of fine-tuning.
     [
         (2, "raised", "base"),
         (5, "signal", "prune"),
@@ -151,6 +152,27 @@ def test_ctrl_c_saves_and_resume_ends_the_same(monkeypatch, capsys, tmp_path, st
         assert resumed[key] == expected[key]
     values = [load(DigitsResNet(), folder / "model.safetensors").state_dict() for folder in (tmp_path, straight)]
     assert all(torch.equal(value, values[1][name]) for name, value in values[0].items())
+
+
+@pytest.mark.parametrize(("mode", "batch"), [("compact", None), ("mask", None), ("compact", 9), ("compact", 19)])
+def test_modes_end_in_the_same_network(monkeypatch, capsys, tmp_path, straight, mode, batch):
+    arguments = (*TINY, "--mode", mode, "--out", tmp_path)
+    if batch is not None:
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, batch, "signal")
+            assert prune(*arguments) == 130
+        arguments = (*arguments, "--resume")
+    assert prune(*arguments) == 0
+    found, expected = summary_of(tmp_path), summary_of(straight)
+    assert found["config"]["mode"] == mode
+    for key in ("widths", "macs_after", "params_after", "channels_after", "cuts", "base_accuracy"):
+        assert found[key] == expected[key], key
+    for key in ("cut_accuracy", "pruned_accuracy"):
+        assert abs(found[key] - expected[key]) <= 0.005, key
+    assert 0 < found["pruned_step_ms"] and 0 < expected["pruned_step_ms"]
+    values = [load(DigitsResNet(), folder / "model.safetensors").state_dict() for folder in (tmp_path, straight)]
+    assert all(value.shape == values[1][name].shape for name, value in values[0].items())
+    assert f"mode {mode}" in capsys.readouterr().out
 
 
 def test_ctrl_c_while_reports_are_written(monkeypatch, capsys, tmp_path):

@@ -31,6 +31,7 @@ def test_measured_lines():
         "cut == masked: greatest difference 1.5e-06 (outputs up to 9, 4 cuts)",
         "scores from parameters vs from activations: greatest relative difference 2e-07",
         "scoring cost: 1.2 % of a step (20.0 ms)",
+        "training step after pruning, mode cut: 12.0 ms",
     ]
     lines = measured_lines(some_summary(source_difference=None, source_note="frozen parameters"))
     assert lines[1] == "scores from parameters vs from activations: not compared: frozen parameters"
