@@ -180,7 +180,6 @@ class Compacted(Around):
 
     def _stop(self) -> None:
         self._swap.leave()
-        self._swap.forget()
         while self._handles:
             self._handles.pop().remove()
         vars(self.model).pop(COMPACTED, None)

@@ -114,7 +114,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        there = [i for i, gradient in enumerate(gradients) if gradient is not None and ctx.needs_input_grad[3 + i]]
+        there = [i for i, gradient in enumerate(gradients) if gradient is not None]
         found: list[Tensor | None] = [None] * len(gradients)
         if torch.is_grad_enabled():  # somebody will differentiate the gradients
             for i in there:

@@ -66,9 +66,8 @@ class Swap:
         self._cast = [name in cast for name in self._names]
         self._slots = _slots(model, [tensors[name] for name in self._names])
         self._selections: dict[tuple[int, ...], Selection] = {}
-        self._last: dict[int, Tensor] = {}
         self._put: list[tuple[_Slot, Any]] = []
-        self._versions: dict[int, int] = {}
+        self._buffers: dict[int, tuple[int, int]] = {}
         self._resized: list[_Size] = []
         self._sizes: list[_Size] = []
         self._sizes = self._measured(model, numbers_after(groups, held))
@@ -88,7 +87,6 @@ class Swap:
             for module, name, old in reversed(changed):
                 setattr(module, name, old)
             self.leave()
-            self._last = {}
 
     def enter(self, owner: nn.Module | None) -> None:
         """Put compact tensors and sizes where the dense ones are: in one module, or in all of them.
@@ -98,14 +96,12 @@ class Swap:
         """
         places = [[slot for slot in slots if owner is None or slot.owner is owner] for slots in self._slots]
         chosen = tuple(i for i, slots in enumerate(places) if slots)
-        # Within a backward pass it is a forward pass once more (activation checkpointing), of the weights that it had.
-        if torch._C._current_graph_task_id() == -1 or any(i not in self._last for i in chosen):
-            self._last.update(zip(chosen, self._gathered(chosen), strict=True))
-        self._versions = {i: self._last[i]._version for i in chosen if self._is_buffer[i]}
-        for i in chosen:
+        parts = dict(zip(chosen, self._gathered(chosen), strict=True))
+        self._buffers = {id(part): (i, part._version) for i, part in parts.items() if self._is_buffer[i]}
+        for i, part in parts.items():
             for slot in places[i]:
                 self._put.append((slot, slot.holder[slot.name]))
-                slot.holder[slot.name] = self._last[i]
+                slot.holder[slot.name] = part
         for size in self._sizes:
             if owner is None or size.owner is owner:
                 self._resized.append(size)
@@ -114,13 +110,12 @@ class Swap:
     def leave(self) -> None:
         """Put the dense ones back, and into the buffers among them what the forward pass wrote."""
         values: dict[int, Tensor] = {}
-        buffers = {id(self._last[i]): i for i in self._versions}
         while self._put:
             slot, dense = self._put[-1]
             now = slot.holder[slot.name]
-            i = buffers.get(id(now))
+            i, version = self._buffers.get(id(now), (-1, 0))
             # batch normalisation writes its running statistics without a new version
-            if i is not None and (slot.owner.training or now._version != self._versions[i]):
+            if i >= 0 and (slot.owner.training or now._version != version):
                 values[i] = now
             slot.holder[slot.name] = dense
             self._put.pop()
@@ -131,15 +126,7 @@ class Swap:
         if values:
             chosen = tuple(values)
             self._selection(chosen).write_back(list(values.values()), [self._dense(i) for i in chosen])
-        self._versions = {}
-
-    def forget(self) -> None:
-        """Let go of the tensors that were gathered last."""
-        self._last = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model gathers for itself; what belongs to a graph can't be copied."""
-        return {**vars(self), "_last": {}}
+        self._buffers = {}
 
     def _dense(self, i: int) -> Tensor:
         slot = self._slots[i][0]
