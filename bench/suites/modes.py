@@ -100,6 +100,13 @@ def named(mode: str) -> str:
     return "torch" if mode == "dense" else f"ours:{mode}"
 
 
+def keep_all(model: nn.Module) -> None:
+    """No dropout: its random numbers would tell every two steps apart."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
 def build(key: Key, network: str, batch: int, size: int, options: Options) -> Race:
     """The race of whole steps."""
     groups = trace(make(network), images(1, size))
@@ -107,9 +114,7 @@ def build(key: Key, network: str, batch: int, size: int, options: Options) -> Ra
     def fresh() -> TrainingStep:
         # A cut changes the groups that it is made with.
         step = TrainingStep(network, batch, size, options, copy.deepcopy(groups))
-        for module in step.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # random numbers would tell every two steps apart
+        keep_all(step.model)
         return step
 
     modes = Modes(fresh, options)

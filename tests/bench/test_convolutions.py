@@ -161,6 +161,7 @@ def test_what_should_be_zero_has_to_be():
 def test_a_parameter_in_the_wrong_place_is_refused(entry):
     race = entry.build(entry.key)
     given = race.inputs[0]
+    assert all(target.all() for target in given.targets)  # or a target that isn't cleared would pass
     assert race.bytes == given.kept_bytes + (
         sum(one.nbytes for one in given.dense) if entry.key.op == gather.SCATTER else given.kept_bytes
     )
@@ -205,6 +206,16 @@ def test_every_mode_moves_what_is_kept_and_nothing_else():
 def test_a_mode_without_its_mask_is_refused():
     provider = next(one for one in race_of_modes().providers if one.name == "ours:mask")
     assert provider.check(provider.run(None), 0) > 1
+
+
+def test_no_random_numbers_in_a_step(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    modes.keep_all(model)
+    assert torch.equal(model(torch.eye(4)), model[0](torch.eye(4)))
+    seen = []
+    monkeypatch.setattr(modes, "keep_all", seen.append)
+    race_of_modes()
+    assert len(seen) >= 3
 
 
 def test_half_of_every_group_is_kept():
