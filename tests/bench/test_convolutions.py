@@ -334,6 +334,16 @@ def test_a_floor_by_hand():
     assert half == pytest.approx(dense / 4)
 
 
+def test_what_packing_costs_by_hand():
+    """512 to 2048 channels by 1 x 1, of which half are kept: 256 x 1024 weights of 2 bytes are read and written."""
+    (case,) = [one for one in predicted_conv.cases_of("resnet50") if one.name.startswith("256x512x7x7 to 2048")]
+    gathered = 2 * 256 * 1024 * 2 / (0.8 * 4300e3) + 2
+    assert predicted_conv.packed_us(case) - predicted_conv.aligned_us(case) == pytest.approx(gathered)
+    # images of 7 x 7, whole ones and packed ones, once each
+    moved = 256 * 49 * (512 + 2048 + 256 + 1024) * 2 / (0.85 * 4300e3) + 4
+    assert predicted_conv.unpacked_us(case) - predicted_conv.packed_us(case) == pytest.approx(moved)
+
+
 def test_predictions_are_ordered_as_the_model_says():
     for case in predicted_conv.cases_of("resnet50"):
         floor = predicted_conv.conv_us(case, case.counts(aligned=True))
