@@ -47,6 +47,11 @@ class Convolution:
         return self.kernel // 2
 
     @property
+    def sizes(self) -> tuple[list[int], list[int], list[int]]:
+        """Stride, padding and dilation, as ops take them."""
+        return [self.stride] * 2, [self.padding] * 2, [1, 1]
+
+    @property
     def depthwise(self) -> bool:
         """Whether inputs and outputs are the same channels."""
         return self.groups > 1

@@ -111,15 +111,13 @@ def packed_weight(whole: Operands, lists: Lists, weight: Tensor | None = None) -
 
 def convolved(one: Convolution, given: Operands) -> Results:
     """PyTorch's own."""
-    sizes = [one.stride] * 2, [one.padding] * 2, [1, 1]
-    return [torch.conv2d(given.x, given.weight, None, *sizes, given.groups)]
+    return [torch.conv2d(given.x, given.weight, None, *one.sizes, given.groups)]
 
 
 def convolved_backward(one: Convolution, given: Operands) -> Results:
     """PyTorch's own, both gradients."""
-    sizes = [one.stride] * 2, [one.padding] * 2, [1, 1]
     gradients = torch.ops.aten.convolution_backward(
-        given.gradient, given.x, given.weight, None, *sizes, False, [0, 0], given.groups, [True, True, False]
+        given.gradient, given.x, given.weight, None, *one.sizes, False, [0, 0], given.groups, [True, True, False]
     )
     return list(gradients[:2])
 
@@ -141,18 +139,17 @@ def masked_backward(one: Convolution, given: Inputs) -> Results:
 def ours(one: Convolution, given: Inputs, *, pack: bool) -> Results:
     """This package's own, between tensors of all channels or packed ones."""
     x, lists = given.aligned.x if pack else given.whole.x, given.lists
-    sizes = [one.stride] * 2, [one.padding] * 2, [1, 1]
     keep = lists.outputs, lists.inputs
-    return [library.masked_conv2d_forward(x, given.whole.weight, None, *keep, *sizes, one.groups, pack, None, False)]
+    y = library.masked_conv2d_forward(x, given.whole.weight, None, *keep, *one.sizes, one.groups, pack, None, False)
+    return [y]
 
 
 def ours_backward(one: Convolution, given: Inputs, *, pack: bool) -> Results:
     """Likewise; the gradient of the weight is whole in both."""
     operands, lists = given.aligned if pack else given.whole, given.lists
-    sizes = [one.stride] * 2, [one.padding] * 2, [1, 1]
     keep = lists.outputs, lists.inputs
     gradients = library.masked_conv2d_backward(
-        operands.gradient, operands.x, given.whole.weight, *keep, *sizes, one.groups, pack, [True, True, False]
+        operands.gradient, operands.x, given.whole.weight, *keep, *one.sizes, one.groups, pack, [True, True, False]
     )
     return list(gradients[:2])
 
@@ -178,13 +175,14 @@ class Truth:
     def _exact(self, case: ConvCase, lists: Lists | None) -> Results:
         one, whole = case.convolution, self.given.whole
         x, weight, gradient = (tensor.double() for tensor in whole[:3])
-        keep = (None, None) if lists is None else (lists.outputs, lists.inputs)
-        sizes = [one.stride] * 2, [one.padding] * 2, [1, 1]
+        keep_out, keep_in = (None, None) if lists is None else (lists.outputs, lists.inputs)
         if not self.backward:
-            y = reference.masked_conv2d_forward(x, weight, None, *keep, *sizes, one.groups, False, None, False)
+            y = reference.masked_conv2d_forward(
+                x, weight, None, keep_out, keep_in, *one.sizes, one.groups, False, None, False
+            )
             return [y]
         gradients = reference.masked_conv2d_backward(
-            gradient, x, weight, *keep, *sizes, one.groups, False, [True, True, False]
+            gradient, x, weight, keep_out, keep_in, *one.sizes, one.groups, False, [True, True, False]
         )
         return list(gradients[:2])
 

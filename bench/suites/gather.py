@@ -81,7 +81,8 @@ def inputs_of(shapes: list[tuple[str, tuple[int, ...]]], layout: str, options: O
 
 def gathered(given: Inputs) -> list[Tensor]:
     """This package's own."""
-    return library.gather_kept(given.dense, given.keep, given.bounds, given.cast, given.dtype)
+    kept: list[Tensor] = library.gather_kept(given.dense, given.keep, given.bounds, given.cast, given.dtype)
+    return kept
 
 
 def scattered(given: Inputs) -> list[Tensor]:
