@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 
 from taylor_cuda.bench.predictions import beside
-from taylor_cuda.bench.race import Entry, Key
+from taylor_cuda.bench.race import PACKED, Entry, Key
 from taylor_cuda.bench.rows import Row
 
 KEY_NAMES = [field.name for field in fields(Key)]
@@ -19,13 +19,19 @@ class Promise(ABC):
 
     Attributes:
         key: of the race.
-        provider: of ours; without one the fastest that is an op's backend.
+        provider: of ours; without one the fastest that is an op's backend, with ``PACKED`` the fastest of those that
+            take and give packed tensors.
         timer: of the rows; without one whichever there is.
     """
 
     key: Key
     provider: str | None = None
     timer: str | None = None
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The races that have to run."""
+        return (self.key,)
 
     @abstractmethod
     def wanted(self) -> str:
@@ -47,10 +53,12 @@ class Promise(ABC):
         return good, f"{self.key}{who}: {found}, wanted {self.wanted()}{beside(row)}"
 
     def _is_about(self, row: Row) -> bool:
-        return Key(*(row[name] for name in KEY_NAMES)) == self.key and self.timer in (None, row.get("timer"))
+        return _key(row) == self.key and self.timer in (None, row.get("timer"))
 
     def _is_ours(self, provider: str) -> bool:
-        return provider == self.provider if self.provider else provider in BACKENDS
+        if self.provider in (None, PACKED):
+            return provider.removesuffix(self.provider or "") in BACKENDS and provider.endswith(self.provider or "")
+        return provider == self.provider
 
 
 BACKENDS = ("ours", "ours:native", "ours:cuda", "ours:triton")
@@ -93,6 +101,53 @@ class Within(Promise):
         factor = 1 / row["ratios"][self.peer]
         low, high = (1 / bound for bound in reversed(row["intervals"][self.peer]))
         return factor <= self.most, f"{factor:.4f} [{low:.4f}, {high:.4f}] over {row['rounds']} rounds"
+
+
+@dataclass(frozen=True)
+class FasterInSum(Faster):
+    """A peer takes at least ``least`` times as long over several races, each counted as often as a network has it.
+
+    One kernel of ours has to do it in all of them.
+
+    Attributes:
+        counts: (race, how often); ``key`` only names them together.
+    """
+
+    counts: tuple[tuple[Key, int], ...] = ()
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The races that have to run."""
+        return tuple(key for key, _ in self.counts)
+
+    def verdict(self, rows: Sequence[Row]) -> tuple[bool, str] | None:
+        """By the sums of the medians; of races that ran only, the promise is missed with what they say."""
+        medians: dict[str, dict[Key, float]] = {}
+        for row in rows:
+            if self.timer in (None, row.get("timer")):
+                medians.setdefault(row["provider"], {})[_key(row)] = float(row["median_us"])
+        theirs = medians.get(self.peer, {})
+        sums = []
+        for provider, mine in medians.items():
+            both = [key for key in self.keys if key in mine and key in theirs]
+            if self._is_ours(provider) and both:
+                sums.append((-len(both), _total(self.counts, mine, both), _total(self.counts, theirs, both), provider))
+        if not sums:
+            return None
+        short, own, peer, provider = min(sums)
+        good = -short == len(self.counts) and peer / own >= self.least
+        ran = "" if -short == len(self.counts) else f" in {-short} of {len(self.counts)} races"
+        found = f"{peer / own:.3g} x {self.peer}{ran}, {_time(own)} against {_time(peer)}"
+        total = {**asdict(self.key), "device": rows[0]["device"], "provider": provider, "median_us": own, "bytes": 0}
+        return good, f"{self.key} {provider}: {found}, wanted {self.wanted()}{beside(total)}"
+
+
+def _key(row: Row) -> Key:
+    return Key(*(row[name] for name in KEY_NAMES))
+
+
+def _total(counts: Sequence[tuple[Key, int]], medians: Mapping[Key, float], among: Sequence[Key]) -> float:
+    return sum(count * medians[key] for key, count in counts if key in among)
 
 
 @dataclass(frozen=True)
@@ -158,7 +213,7 @@ def _time(microseconds: float) -> str:
 
 def needed(entries: Sequence[Entry], promises: Sequence[Promise]) -> list[Entry]:
     """The races that promises are about."""
-    wanted = {promise.key for promise in promises}
+    wanted = {key for promise in promises for key in promise.keys}
     return [entry for entry in entries if entry.key in wanted]
 
 

@@ -13,6 +13,9 @@ SUITES = (
     "network",
     "step",
     "profile",
+    "conv",
+    "gather",
+    "modes",
     "planner",
     "graph",
 )

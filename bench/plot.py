@@ -16,6 +16,9 @@ STYLES = {
     "ours:native": ("#1f5fa8", "o"),
     "ours:cuda": ("#1f5fa8", "o"),
     "ours:triton": ("#d9601a", "s"),
+    "ours:native:packed": ("#5fa3e6", "o"),
+    "ours:cuda:packed": ("#5fa3e6", "o"),
+    "ours:triton:packed": ("#f0a878", "s"),
     "ours:activations": ("#1f5fa8", "D"),
     "torch": ("#6b7078", "x"),
     "torch.compile": ("#2b8a4b", "P"),
@@ -27,6 +30,10 @@ STYLES = {
     "threshold_backward": ("#6b7078", "+"),
     "threshold_backward+sums": ("#c0392b", "+"),
     "four calls": ("#8c6d31", "*"),
+    "torch:mask": ("#c0392b", "x"),
+    "torch-pruning": ("#2b8a4b", "v"),
+    "torch-pruning:aligned": ("#2b8a4b", "^"),
+    "torch.cast": ("#111111", "|"),
 }
 OTHER = ("#a0a4ab", ".")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import torch
 
 from taylor_cuda.bench.cases import ActivationCase
-from taylor_cuda.bench.check import Bandwidth, Faster, Memory, Promise, Takes, Within
-from taylor_cuda.bench.race import Key
-from taylor_cuda.bench.suites import relu, step
+from taylor_cuda.bench.check import Bandwidth, Faster, FasterInSum, Memory, Promise, Takes, Within
+from taylor_cuda.bench.predicted_conv import cases_of
+from taylor_cuda.bench.predictions import AT_HALF
+from taylor_cuda.bench.race import PACKED, Key
+from taylor_cuda.bench.suites import conv, modes, relu, step
 from taylor_cuda.bench.suites.scoring import BY_SIZE, VIT_B, WIDE, gate_shapes
 
 WITHIN = 1 / 1.3
@@ -23,7 +26,7 @@ def promises(device: str) -> list[Promise]:
     """Those about ``"cpu"`` or ``"cuda"``."""
     if device == "cpu":
         return _on_a_cpu()
-    return [*_channels(), *_per_example(), *_weights(), *_steps(), *_relu()]
+    return [*_channels(), *_per_example(), *_weights(), *_steps(), *_relu(), *_convolutions(), *_modes()]
 
 
 def _on_a_cpu() -> list[Promise]:
@@ -31,6 +34,13 @@ def _on_a_cpu() -> list[Promise]:
     for layout in ("nchw", "channels_last"):
         key = Key("scoring", "channel_importance", "64x256x28x28", "float32", layout)
         found += [Faster(key, peer="torch", least=3.5), Faster(key, peer="torch.dot", least=WITHIN)]
+        case = replace(conv.DONE_WHEN, layout=layout)
+        key = Key("conv", conv.FORWARD, case.name, case.dtype_name, layout)
+        found += [
+            Faster(key, peer=conv.MASK, least=2.0),
+            Faster(key, PACKED, peer=conv.MASK, least=3.0),
+            Faster(key, PACKED, peer=conv.PRUNED, least=1 / 1.1),
+        ]
     for side in ("readers", "writers"):
         key = Key("scoring", "weight_importance", f"resnet50:{side}")
         found += [Faster(key, peer="torch.dot", least=WITHIN), Faster(key, peer="torch", least=1.3)]
@@ -111,3 +121,19 @@ def _relu() -> list[Promise]:
         Within(Key("relu", relu.OP, case.name, case.dtype_name, case.layout), timer="graph", peer=relu.ALONE, most=1.02)
         for case in cases
     ]
+
+
+def _convolutions() -> list[Promise]:
+    """ResNet-50's forward convolutions together, between packed tensors."""
+    name = Key("conv", conv.FORWARD, AT_HALF, "bfloat16", "channels_last")
+    counts = tuple(
+        (Key("conv", conv.FORWARD, case.name, case.dtype_name, case.layout), count)
+        for case, count in cases_of("resnet50", batch=BATCH).items()
+    )
+    wanted = ((conv.DENSE, 1.7), (conv.FILLED, 1 / 1.05), (conv.PRUNED, 1.3))
+    return [FasterInSum(name, PACKED, "graph", peer=peer, least=least, counts=counts) for peer, least in wanted]
+
+
+def _modes() -> list[Promise]:
+    key = Key("modes", modes.OP, modes.ON_A_GPU, "bfloat16", "channels_last")
+    return [Faster(key, modes.named("compact"), peer=modes.named("dense"), least=1.6)]

@@ -17,6 +17,9 @@ float32: the package's own bound, whatever the dtype of the inputs, as a product
 A peer that works in 16 bits rounds every product and two sums: three halves of its machine epsilon.
 """
 
+PACKED = ":packed"
+"""Ends the name of a provider of ours that takes and gives the kept channels only."""
+
 
 class WrongResultError(RuntimeError):
     """A provider's result is not the reference's; it has no speed."""

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from taylor_cuda.bench.race import Entry, Options
-from taylor_cuda.bench.suites import batch_norm_relu, graph, network, planner, rank, relu, scoring, step, weights
+from taylor_cuda.bench.suites import (
+    batch_norm_relu,
+    conv,
+    gather,
+    graph,
+    modes,
+    network,
+    planner,
+    rank,
+    relu,
+    scoring,
+    step,
+    weights,
+)
 
-MODULES = (scoring, weights, relu, batch_norm_relu, rank, network, planner, graph, step)
+MODULES = (scoring, weights, relu, batch_norm_relu, rank, network, planner, graph, step, conv, gather, modes)
 
 
 def entries(options: Options) -> list[Entry]:

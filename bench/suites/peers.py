@@ -15,7 +15,7 @@ from taylor_cuda.ops import backends
 
 CUDA_NAMES = {"ours:cuda": "native", "ours:triton": "triton"}
 CPU_NAMES = {"ours:native": "native"}
-WITHOUT_TRITON = ("weight_importance", "keep_mask")
+WITHOUT_TRITON = ("weight_importance", "keep_mask", "gather_kept", "scatter_kept")
 WITHOUT_CUDA = ("batch_norm_relu_forward",)
 
 

@@ -14,7 +14,7 @@ from taylor_cuda.bench.check import Bandwidth, Faster, Memory, Takes, Within, ju
 from taylor_cuda.bench.dispatch import recommendation
 from taylor_cuda.bench.plot import drawn, style_of, write_roofline
 from taylor_cuda.bench.promises import least_share, promises
-from taylor_cuda.bench.race import Key, Options
+from taylor_cuda.bench.race import PACKED, Key, Options
 from taylor_cuda.bench.rows import Row
 from taylor_cuda.bench.suites import entries, relu, step
 from taylor_cuda.errors import InputError
@@ -34,11 +34,18 @@ def test_every_promise_is_about_a_race_and_a_peer_that_exist(device):
     made = promises(device)
     assert len(set(made)) == len(made)
     for promise in made:
-        assert promise.key in found
-        peer = getattr(promise, "peer", None)
-        assert peer is None or peer in found[promise.key].providers
-        assert promise.provider is None or promise.provider in found[promise.key].providers
-    assert {entry.key for entry in needed(list(found.values()), made)} == {promise.key for promise in made}
+        assert promise.keys
+        for key in promise.keys:
+            assert key in found
+            providers = found[key].providers
+            peer = getattr(promise, "peer", None)
+            assert peer is None or peer in providers
+            if promise.provider == PACKED:
+                assert any(name.startswith("ours") and name.endswith(PACKED) for name in providers)
+            else:
+                assert promise.provider is None or promise.provider in providers
+    wanted = {key for promise in made for key in promise.keys}
+    assert {entry.key for entry in needed(list(found.values()), made)} == wanted
 
 
 def test_the_figures_promised_on_a_cpu():
@@ -70,10 +77,14 @@ def test_the_figures_promised_on_a_gpu():
     assert shares["256x768x197", "bfloat16", "tokens"] == 0.95  # 155 MB
     assert shares["16384x4096", "bfloat16", "rows"] == 0.95
     assert not [case for case, _, _ in shares if case == "256x512x7x7"]  # 26 MB
-    assert {one.peer: one.least for one in made if isinstance(one, Faster)} == {
-        "torch.compile": 1.0,
-        "nvlabs-style": 5.5,
-        "torch": 20.0,
+    assert {(one.key.suite, one.peer): one.least for one in made if isinstance(one, Faster)} == {
+        ("scoring", "torch.compile"): 1.0,
+        ("scoring", "nvlabs-style"): 5.5,
+        ("scoring", "torch"): 20.0,
+        ("conv", "torch"): 1.7,
+        ("conv", "torch-pruning:aligned"): 1 / 1.05,
+        ("conv", "torch-pruning"): 1.3,
+        ("modes", "torch"): 1.6,
     }
     assert {one.key.case: one.most_us for one in made if isinstance(one, Takes)} == {
         "resnet50:readers": 60.0,
@@ -165,8 +176,8 @@ def test_a_prediction_for_every_promised_time_on_a_gpu():
         key = promise.key
         if key.layout == "rows":
             continue
-        provider = promise.provider or "ours:cuda"
-        assert provider in found[key].providers
+        provider = "ours:cuda:packed" if promise.provider == PACKED else promise.provider or "ours:cuda"
+        assert all(provider in found[one].providers for one in promise.keys)
         expected = predictions.predicted_us(
             on_gpu(op=key.op, case=key.case, dtype=key.dtype, layout=key.layout, provider=provider)
         )

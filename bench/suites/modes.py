@@ -1,0 +1,143 @@
+"""Whole training steps with half of all channels dropped: in each mode of execution, and the dense step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import taylor_cuda as tc
+from taylor_cuda.bench.race import Entry, Key, Options, Provider, Race
+from taylor_cuda.bench.suites.networks import images, make
+from taylor_cuda.bench.training import TrainingStep
+from taylor_cuda.graph import masked, trace
+from taylor_cuda.graph.groups import Groups
+from taylor_cuda.surgery import cut
+
+OP = "training_step:50%"
+MODES = ("dense", "mask", "cut", "compact")
+ON_A_GPU = "resnet50 batch 256 at 224"
+"""The step that a promise is about."""
+
+COMPACT: Any = getattr(tc, "compact", None)
+
+Keep = dict[str, Tensor]
+"""The units to keep of each group."""
+
+
+def half_of(groups: Groups, seed: int = 0) -> Keep:
+    """Half of every group at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randperm(size, generator=generator)[: max(1, size // 2)].sort().values
+        for name, size in groups.sizes().items()
+    }
+
+
+class Modes:
+    """The providers of one race.
+
+    Every network starts from the same weights and has the same masks. The first step of each mode has to move what is
+    kept as the masked network's does and to leave the rest alone; a cut network is compared with the masked one, cut
+    after its step. On a GPU, 16-bit rounding in another order may turn a fifth of that movement; on a CPU a hundredth.
+
+    Args:
+        fresh: makes a network with its optimizer, and its groups.
+        options: of the run.
+    """
+
+    def __init__(self, fresh: Callable[[], TrainingStep], options: Options) -> None:
+        self.fresh, self.options = fresh, options
+        reference = fresh()
+        self.keep = half_of(reference.groups)
+        start = reference.flat_parameters()
+        with masked(reference.model, reference.groups, self.keep):
+            reference()
+        masked_end = reference.flat_parameters()
+        begin, dense = fresh(), fresh()
+        dense()
+        for step in (begin, reference):
+            cut(step.model, step.groups, self.keep, verify=False)
+        self.moved = {
+            "dense": (start, dense.flat_parameters()),
+            "mask": (start, masked_end),
+            "compact": (start, masked_end),
+            "cut": (begin.flat_parameters(), reference.flat_parameters()),
+        }
+
+    def provider(self, mode: str) -> Provider:
+        """The step of one mode, or the ``"dense"`` one."""
+        before = self._memory()
+        step = self.fresh()
+        context: Callable[[], AbstractContextManager[None]] = nullcontext
+        if mode == "mask":
+            context = partial(masked, step.model, step.groups, self.keep)
+        elif mode == "cut":
+            cut(step.model, step.groups, self.keep, step.optimizer, verify=False)
+        elif mode == "compact":
+            COMPACT(step.model, step.groups, self.keep)
+        start, moved = self.moved[mode]
+        allowed = (0.2 if self.options.cuda else 1e-2) * float((moved - start).norm())
+
+        def check(_loss: Tensor, _index: int) -> float:
+            return float((step.flat_parameters() - moved).norm()) / allowed
+
+        note = "all channels" if mode == "dense" else "half of every group"
+        built = self._memory() - before
+        return Provider(named(mode), lambda _: step(), check, note, context, built_bytes=built)
+
+    def _memory(self) -> int:
+        return torch.cuda.memory_allocated() if self.options.cuda else 0
+
+
+def named(mode: str) -> str:
+    """The provider that runs in a mode."""
+    return "torch" if mode == "dense" else f"ours:{mode}"
+
+
+def keep_all(model: nn.Module) -> None:
+    """No dropout: its random numbers would tell every two steps apart."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def build(key: Key, network: str, batch: int, size: int, options: Options) -> Race:
+    """The race of whole steps."""
+    groups = trace(make(network), images(1, size))
+
+    def fresh() -> TrainingStep:
+        # A cut changes the groups that it is made with.
+        step = TrainingStep(network, batch, size, options, copy.deepcopy(groups))
+        keep_all(step.model)
+        return step
+
+    modes = Modes(fresh, options)
+    there = [mode for mode in MODES if mode != "compact" or COMPACT is not None]
+    providers = [modes.provider(mode) for mode in there]
+    skipped = [(named(mode), "not there yet") for mode in MODES if mode not in there]
+    seconds = None if options.quick else 20.0 if options.cuda else 8.0
+    return Race(key, providers, peer=named("dense"), skipped=skipped, rounds=100, seconds=seconds)
+
+
+def entries(options: Options) -> list[Entry]:
+    """ResNet-50 and MobileNetV2 as they are trained on a GPU; something smaller where there is none."""
+    if options.quick:
+        wanted = [("tiny", 2, 64, 27)]
+    elif options.cuda:
+        wanted = [("resnet50", 256, 224, 11), ("mobilenet_v2", 256, 224, 41)]
+    else:
+        wanted = [("resnet18", 16, 112, 65), ("mobilenet_v2", 16, 112, 66)]
+    dtype, layout = ("bfloat16", "channels_last") if options.cuda else ("float32", "nchw")
+    found = []
+    for network, batch, size, priority in wanted:
+        key = Key("modes", OP, f"{network} batch {batch} at {size}", dtype, layout)
+        made = partial(build, network=network, batch=batch, size=size, options=options)
+        seconds = 1.0 if options.quick else 40.0 if options.cuda else 15.0
+        found.append(Entry(key, made, [named(mode) for mode in MODES], priority, seconds))
+    return found
