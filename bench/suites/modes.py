@@ -6,25 +6,21 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import taylor_cuda as tc
 from taylor_cuda.bench.race import Entry, Key, Options, Provider, Race
 from taylor_cuda.bench.suites.networks import images, make
 from taylor_cuda.bench.training import TrainingStep
 from taylor_cuda.graph import masked, trace
 from taylor_cuda.graph.groups import Groups
-from taylor_cuda.surgery import cut
+from taylor_cuda.surgery import compact, cut
 
 OP = "training_step:50%"
 MODES = ("dense", "mask", "cut", "compact")
 ON_A_GPU = "resnet50 batch 256 at 224"
 """The step that a promise is about."""
-
-COMPACT: Any = getattr(tc, "compact", None)
 
 Keep = dict[str, Tensor]
 """The units to keep of each group."""
@@ -80,7 +76,7 @@ class Modes:
         elif mode == "cut":
             cut(step.model, step.groups, self.keep, step.optimizer, verify=False)
         elif mode == "compact":
-            COMPACT(step.model, step.groups, self.keep)
+            compact(step.model, step.groups, self.keep)
         start, moved = self.moved[mode]
         allowed = (0.2 if self.options.cuda else 1e-2) * float((moved - start).norm())
 
@@ -118,11 +114,9 @@ def build(key: Key, network: str, batch: int, size: int, options: Options) -> Ra
         return step
 
     modes = Modes(fresh, options)
-    there = [mode for mode in MODES if mode != "compact" or COMPACT is not None]
-    providers = [modes.provider(mode) for mode in there]
-    skipped = [(named(mode), "not there yet") for mode in MODES if mode not in there]
+    providers = [modes.provider(mode) for mode in MODES]
     seconds = None if options.quick else 20.0 if options.cuda else 8.0
-    return Race(key, providers, peer=named("dense"), skipped=skipped, rounds=100, seconds=seconds)
+    return Race(key, providers, peer=named("dense"), rounds=100, seconds=seconds)
 
 
 def entries(options: Options) -> list[Entry]:

@@ -125,7 +125,7 @@ def interrupt_at(monkeypatch, batch, how):
 
 @pytest.mark.parametrize(
     ("batch", "how", "stage"),
-    # 4 batches of base training, 1 to time a step with, 6 for pruning, 4 for recalibration, 1 to time, 4 of fine-tuning.
+    # 4 batches of base training, 1 to time a step with, 6 for pruning, 4 for recalibration, 1 to time, 4 at the end.
     [
         (2, "raised", "base"),
         (5, "signal", "prune"),

@@ -226,6 +226,40 @@ def test_activation_checkpointing(reentrant):
         assert torch.equal(p.grad, q.grad), name
 
 
+def test_a_model_that_calls_itself():
+    class Twice(ConvBN):
+        def forward(self, x: Tensor, again: bool = True) -> Tensor:
+            first = self(x, again=False) if again else 0
+            return first + super().forward(x)
+
+    model, x, groups = make(Twice)
+    keep = random_keep(groups, 0)
+    small = cut_twin(model.eval(), groups, keep)
+    with tc.compact(model, groups, keep):
+        assert close(model(x), small(x))
+    assert model.conv1.out_channels == 6
+
+
+def test_a_forward_of_the_instance_runs_and_comes_back():
+    model, x, groups = make(ConvBN)
+    model.eval()
+
+    def twice(inputs: Tensor) -> Tensor:
+        return 2 * ConvBN.forward(model, inputs)
+
+    model.forward = twice
+    expected = model(x)
+    with tc.compact(model, groups, {"conv1": torch.tensor([1, 4])}):
+        assert close(model(x), 2 * ConvBN.forward(cut_twin_of(ConvBN, {"conv1": torch.tensor([1, 4])}), x))
+    assert model.forward is twice
+    assert torch.equal(model(x), expected)
+
+
+def cut_twin_of(net: type[nets.Net], keep: dict[str, Tensor]) -> nn.Module:
+    model, _, groups = make(net)
+    return cut_twin(model.eval(), groups, keep)
+
+
 def test_a_copy_is_compact_by_itself():
     model, x, groups = make(Residual)
     model.eval()
