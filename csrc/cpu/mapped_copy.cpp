@@ -19,6 +19,7 @@ using torch::headeronly::Half;
 constexpr int64_t kInlineSize = 1 << 14;  // elements below which waking a second thread costs more than it saves
 constexpr int64_t kPieceSize = 1 << 15;
 constexpr int64_t kLongRun = 256;  // elements of a run from which on it is worth a walk over the outer dimensions
+constexpr int kRowsAtOnce = 4;
 
 // The innermost part of a copy: `lines` of the destination, of which those in `line_to` have a source, each a run of
 // `length` elements.
@@ -32,13 +33,18 @@ struct Inner {
   int64_t length = 1;
   int64_t step_from = 1;  // within a run
   int64_t step_to = 1;
+  int64_t rows = 1;  // places of an outer dimension, whose lines are copied side by side
+  int64_t row_from = 0;
+  int64_t row_to = 0;
 
   bool covers() const { return !mapped || static_cast<int64_t>(line_to.size()) == lines; }
 };
 
-// Lines [first_line, last_line), and of each elements [first, last). Entries [first_pair, last_pair) of line_from and
-// line_to are these lines'.
+// Rows [first_row, last_row), of each lines [first_line, last_line), and of these elements [first, last). Entries
+// [first_pair, last_pair) of line_from and line_to are these lines'.
 struct Block {
+  int64_t first_row;
+  int64_t last_row;
   int64_t first_line;
   int64_t last_line;
   int64_t first;
@@ -100,15 +106,32 @@ void copy_short(const Inner& inner, const Block& block, const From* from, To* to
   });
 }
 
-// Writes a block. `from` is null where an outer dimension has no source.
+// Lines of single elements, of several rows together: where they lie is looked up once.
+template <typename From, typename To, int kRows>
+void copy_rows(const Inner& inner, const Block& block, const From* from, To* to, bool clear) {
+  const From* rows_from[kRows];
+  To* rows_to[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    rows_from[r] = from + r * inner.row_from;
+    rows_to[r] = to + r * inner.row_to;
+    if (clear && !inner.covers()) clear_block(inner, block, rows_to[r]);
+  }
+  for_each_line(inner, block, [&](int64_t f, int64_t t) {
+    From values[kRows];
+    for (int r = 0; r < kRows; ++r) values[r] = rows_from[r][f];
+    for (int r = 0; r < kRows; ++r) rows_to[r][t] = cast<From, To>(values[r]);
+  });
+}
+
+bool has_unit_lines(const Inner& inner) { return inner.length == 1 && inner.stride_from == 1 && inner.stride_to == 1; }
+
+// Writes a block of one row. `from` is null where an outer dimension has no source.
 template <typename From, typename To>
-void copy_block(const Inner& inner, const Block& block, const void* source, void* destination, bool clear) {
-  const From* from = static_cast<const From*>(source);
-  To* to = static_cast<To*>(destination);
+void copy_row(const Inner& inner, const Block& block, const From* from, To* to, bool clear) {
   if (clear && (from == nullptr || !inner.covers())) clear_block(inner, block, to);
   if (from == nullptr) return;
   const int64_t length = block.last - block.first;
-  if (inner.length == 1 && inner.stride_from == 1 && inner.stride_to == 1) {
+  if (has_unit_lines(inner)) {
     for_each_line(inner, block, [&](int64_t f, int64_t t) { to[t] = cast<From, To>(from[f]); });
   } else if (inner.length == 1) {
     for_each_line(inner, block,
@@ -127,6 +150,23 @@ void copy_block(const Inner& inner, const Block& block, const void* source, void
     for_each_line(inner, block, [&](int64_t f, int64_t t) {
       copy_run(from + f * inner.stride_from + block.first, to + t * inner.stride_to + block.first, length);
     });
+  }
+}
+
+template <typename From, typename To>
+void copy_block(const Inner& inner, const Block& block, const void* source, void* destination, bool clear) {
+  const From* from = static_cast<const From*>(source);
+  To* to = static_cast<To*>(destination) + block.first_row * inner.row_to;
+  if (from != nullptr) from += block.first_row * inner.row_from;
+  int64_t left = block.last_row - block.first_row;
+  for (; left >= kRowsAtOnce && from != nullptr; left -= kRowsAtOnce) {
+    copy_rows<From, To, kRowsAtOnce>(inner, block, from, to, clear);
+    from += kRowsAtOnce * inner.row_from;
+    to += kRowsAtOnce * inner.row_to;
+  }
+  for (; left > 0; --left, to += inner.row_to) {
+    copy_row(inner, block, from, to, clear);
+    if (from != nullptr) from += inner.row_from;
   }
 }
 
@@ -210,6 +250,12 @@ Inner take_inner(std::vector<Axis>& axes) {
     set_lines(inner, axes.back());
     axes.pop_back();
   }
+  if (!axes.empty() && !axes.back().mapped && inner.mapped && has_unit_lines(inner)) {
+    inner.rows = axes.back().size;
+    inner.row_from = axes.back().stride_from;
+    inner.row_to = axes.back().stride_to;
+    axes.pop_back();
+  }
   return inner;
 }
 
@@ -259,17 +305,28 @@ int64_t pairs_before(const Inner& inner, int64_t line) {
 }
 
 void cut(const Plan& plan, std::vector<Task>& tasks) {
-  const int64_t lines = plan.inner.lines, length = plan.inner.length;
-  if (plan.count * lines * length == 0) return;
-  const int64_t step = std::max<int64_t>(kPieceSize / (lines * length), 1);
-  const int64_t line_step = std::max<int64_t>(kPieceSize / length, 1), run_step = std::min(length, kPieceSize);
-  for (int64_t line = 0; line < lines; line += line_step) {
-    const int64_t last_line = std::min(line + line_step, lines);
-    Block block{line, last_line, 0, 0, pairs_before(plan.inner, line), pairs_before(plan.inner, last_line)};
-    for (; block.first < length; block.first += run_step) {
-      block.last = std::min(block.first + run_step, length);
-      for (int64_t first = 0; first < plan.count; first += step) {
-        tasks.push_back({&plan, first, std::min(first + step, plan.count), block});
+  const Inner& inner = plan.inner;
+  const int64_t size = inner.rows * inner.lines * inner.length;
+  if (plan.count * size == 0) return;
+  const int64_t step = std::max<int64_t>(kPieceSize / size, 1);
+  const int64_t run_step = std::min(inner.length, kPieceSize);
+  const int64_t line_step = std::clamp<int64_t>(kPieceSize / inner.length, 1, inner.lines);
+  const int64_t row_step = std::max<int64_t>(kPieceSize / (inner.length * line_step), 1);
+  for (int64_t row = 0; row < inner.rows; row += row_step) {
+    for (int64_t line = 0; line < inner.lines; line += line_step) {
+      for (int64_t i = 0; i < inner.length; i += run_step) {
+        const int64_t last_line = std::min(line + line_step, inner.lines);
+        const Block block{row,
+                          std::min(row + row_step, inner.rows),
+                          line,
+                          last_line,
+                          i,
+                          std::min(i + run_step, inner.length),
+                          pairs_before(inner, line),
+                          pairs_before(inner, last_line)};
+        for (int64_t first = 0; first < plan.count; first += step) {
+          tasks.push_back({&plan, first, std::min(first + step, plan.count), block});
+        }
       }
     }
   }
@@ -315,7 +372,8 @@ void run_copies(std::vector<Copy> copies) {
   int64_t elements = 0;
   for (Copy& copy : copies) {
     plans.push_back(plan_of(std::move(copy)));
-    elements += plans.back().count * plans.back().inner.lines * plans.back().inner.length;
+    const Inner& inner = plans.back().inner;
+    elements += plans.back().count * inner.rows * inner.lines * inner.length;
     cut(plans.back(), tasks);
   }
   for_each_index(static_cast<int64_t>(tasks.size()), elements > kInlineSize, [&](int64_t i) { run(tasks[i]); });

@@ -36,7 +36,7 @@ def test_casts_round_to_nearest_even(backend: str) -> None:
     x = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-9), 3.4e38, 2**-140, float("inf")])
     with backends.use(backend):
         cast, plain = gather_kept([x, x], torch.tensor([], dtype=torch.int64), [0] * 5, [True, False], torch.bfloat16)
-    assert cast.tolist() == [1.0, 1.015625, -1.0, float("inf"), 2**-133 * (2**-7), float("inf")]
+    assert cast.tolist() == [1.0, 1.015625, -1.0, float("inf"), 0.0, float("inf")]
     assert cast.dtype == torch.bfloat16
     assert plain.dtype == torch.float32
     assert torch.equal(plain, x)
