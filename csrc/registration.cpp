@@ -16,4 +16,8 @@ STABLE_TORCH_LIBRARY(taylor_cuda_native, m) {
   m.def(
       "score_relu_backward(Tensor output, Tensor gradient, Tensor(a!) sums, Tensor? skip=None, "
       "Tensor(b!)? skip_sums=None) -> Tensor");
+  m.def("pack_channels(Tensor x, Tensor keep) -> Tensor");
+  m.def("unpack_channels(Tensor x, Tensor keep, int channels) -> Tensor");
+  m.def("gather_kept(Tensor[] tensors, Tensor keep, int[] bounds, bool[] cast, ScalarType dtype) -> Tensor[]");
+  m.def("scatter_kept(Tensor[] values, Tensor(a!)[] targets, Tensor keep, int[] bounds, bool clear) -> ()");
 }

@@ -11,10 +11,10 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "../common.h"
 #include "host_device.h"
+#include "table.h"
 
 namespace taylor {
 
@@ -46,32 +46,10 @@ struct StridedItem {
   int32_t first_unit;
 };
 
-template <typename Item, int kCapacity>
-struct Table {
-  Item item[kCapacity];
-  int32_t items;
-  int32_t units;
-};
-
 using WeightTable = Table<WeightItem, kTableItems>;
 using StridedTable = Table<StridedItem, kStridedItems>;
 static_assert(sizeof(WeightTable) + 64 <= 32764 && sizeof(StridedTable) + 64 <= 32764,
               "the limit of a kernel's arguments");
-
-// The item that a block works on: the last one whose first unit is not after it.
-template <typename Item, int kCapacity>
-TAYLOR_HD int find_item(const Table<Item, kCapacity>& table, int32_t block) {
-  int low = 0, high = table.items - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (table.item[middle].first_unit <= block) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
 
 // The threads that share one run: few for short runs, so that a block has many of them.
 TAYLOR_HD int run_lanes(int64_t inner, int vector) {
@@ -181,6 +159,8 @@ inline StridedItem strided_form(const Walk& walk) {
   return item;
 }
 
+}  // namespace planning
+
 inline int64_t units_of(const WeightItem& item) { return ceil_div<int64_t>(item.segments, item.per_unit); }
 inline int64_t units_of(const StridedItem& item) { return ceil_div<int64_t>(item.segment.size, kThreads / kWarp); }
 
@@ -188,31 +168,5 @@ inline int64_t unit_work(const WeightItem& item) {
   return static_cast<int64_t>(item.outer) * item.per_unit * item.inner;
 }
 inline int64_t unit_work(const StridedItem& item) { return rest_length(item) * (kThreads / kWarp); }
-
-}  // namespace planning
-
-// As many tables as the items need, one launch each. The blocks with most to do come first, so that none of them starts
-// last.
-template <typename TableOf, typename Item>
-std::vector<TableOf> tables_of(std::vector<Item> items, size_t capacity) {
-  std::stable_sort(items.begin(), items.end(),
-                   [](const Item& x, const Item& y) { return planning::unit_work(x) > planning::unit_work(y); });
-  std::vector<TableOf> tables;
-  int64_t units = 0;
-  for (Item& item : items) {
-    const int64_t more = planning::units_of(item);
-    if (tables.empty() || static_cast<size_t>(tables.back().items) == capacity || units + more > INT32_MAX) {
-      tables.emplace_back();
-      tables.back().items = 0;
-      units = 0;
-    }
-    TableOf& table = tables.back();
-    item.first_unit = static_cast<int32_t>(units);
-    table.item[table.items++] = item;
-    units += more;
-    table.units = static_cast<int32_t>(units);
-  }
-  return tables;
-}
 
 }  // namespace taylor

@@ -13,6 +13,7 @@ from torch import Tensor
 from taylor_cuda.errors import InputError
 from taylor_cuda.ops import backends, checks, library
 from taylor_cuda.ops.gate import ScoreGate, score_gate
+from taylor_cuda.ops.kept import gather_kept, scatter_kept
 from taylor_cuda.ops.norm import BatchNormReLU, batch_norm_relu
 from taylor_cuda.ops.reference import CHANNEL_REDUCTIONS, UNIT_REDUCTIONS, WEIGHT_REDUCTIONS
 from taylor_cuda.ops.relu import ScoreReLU, score_relu
@@ -27,7 +28,9 @@ __all__ = [
     "batch_norm_relu",
     "channel_importance",
     "channel_sums",
+    "gather_kept",
     "keep_mask",
+    "scatter_kept",
     "score_gate",
     "score_relu",
     "score_relu_backward",

@@ -105,6 +105,36 @@ def _with_units_checked(accumulate_importance: Implementation) -> Implementation
     return run
 
 
+def _with_gathered_checked(gather_kept: Implementation) -> Implementation:
+    """Likewise: an entry for a dimension without places would be taken as zeros."""
+
+    @functools.wraps(gather_kept)
+    def run(*args: Any) -> Any:
+        checks.check_gathered(*args[:4])
+        return gather_kept(*args)
+
+    return run
+
+
+def _with_scattered_checked(scatter_kept: Implementation) -> Implementation:
+    """Likewise: values of one row or column would be broadcast."""
+
+    @functools.wraps(scatter_kept)
+    def run(*args: Any) -> None:
+        checks.check_scattered(*args[:4])
+        scatter_kept(*args)
+
+    return run
+
+
+_CHECKED = {
+    "weight_importance": _with_pairs_checked,
+    "accumulate_importance": _with_units_checked,
+    "gather_kept": _with_gathered_checked,
+    "scatter_kept": _with_scattered_checked,
+}
+
+
 def _find_triton(op: str, device: str) -> Implementation | None:
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
@@ -131,8 +161,7 @@ def find(op: str, backend: str, device: str) -> Implementation | None:
         return _find_triton(op, device)
     if backend == "reference":
         found: Implementation = getattr(reference, op)
-        checked = {"weight_importance": _with_pairs_checked, "accumulate_importance": _with_units_checked}
-        return checked[op](found) if op in checked else found
+        return _CHECKED[op](found) if op in _CHECKED else found
     raise InputError(f"backend: wanted one of {', '.join(NAMES)}, got {backend!r}")
 
 

@@ -246,8 +246,19 @@ def _check_vector(vector: Tensor, x: Tensor, name: str) -> None:
         raise InputError(f"{name}: wanted it on {x.device}, where x is, got it on {vector.device}")
 
 
-def check_kept_lists(tensors: Sequence[Tensor], keep: Tensor, bounds: Sequence[int]) -> None:
+def check_dtype(dtype: object, name: str) -> None:
+    """Raise unless ``dtype`` is one that the ops take."""
+    if dtype not in SUPPORTED:
+        raise InputError(f"{name}: wanted float32, float16, bfloat16 or float64, got {dtype}")
+
+
+def check_kept_lists(tensors: Sequence[Tensor], keep: Tensor, bounds: Sequence[int], name: str = "tensors") -> None:
     """Raise unless there are lists of rows and of columns for every tensor, each for a dimension that it has."""
+    if not isinstance(keep, Tensor):
+        raise InputError(f"keep: wanted a tensor, got {type(keep).__name__}")
+    for what, value in ((name, tensors), ("bounds", bounds)):
+        if not isinstance(value, Sequence):
+            raise InputError(f"{what}: wanted a list, got {type(value).__name__}")
     if keep.dtype != torch.int64 or keep.dim() != 1 or not keep.is_contiguous():
         raise InputError(f"keep: wanted a contiguous int64 vector, got {keep.dtype} {tuple(keep.shape)}")
     if len(bounds) != 2 * len(tensors) + 1 or list(bounds) != sorted(bounds) or bounds[0] != 0:
@@ -255,11 +266,50 @@ def check_kept_lists(tensors: Sequence[Tensor], keep: Tensor, bounds: Sequence[i
     if bounds[-1] != keep.shape[0]:
         raise InputError(f"bounds: wanted them to end at {keep.shape[0]}, the length of keep, got {bounds[-1]}")
     for i, tensor in enumerate(tensors):
-        check_tensor(tensor, f"tensors[{i}]")
+        check_tensor(tensor, f"{name}[{i}]")
         lists = sum(bounds[2 * i + part + 1] > bounds[2 * i + part] and part + 1 for part in (0, 1))
         if tensor.dim() < (2 if lists >= 2 else 1):
-            raise InputError(
-                f"tensors[{i}]: wanted the dimensions that bounds has lists for, got {tuple(tensor.shape)}"
-            )
+            raise InputError(f"{name}[{i}]: wanted the dimensions that bounds has lists for, got {tuple(tensor.shape)}")
         if tensor.device != keep.device:
-            raise InputError(f"tensors[{i}]: wanted it on {keep.device}, where keep is, got it on {tensor.device}")
+            raise InputError(f"{name}[{i}]: wanted it on {keep.device}, where keep is, got it on {tensor.device}")
+
+
+def check_gathered(tensors: Sequence[Tensor], keep: Tensor, bounds: Sequence[int], cast: Sequence[bool]) -> None:
+    """Raise unless all arguments of gather_kept fit; what the lists say is looked at on the CPU only."""
+    check_kept_lists(tensors, keep, bounds)
+    if not isinstance(cast, Sequence) or len(cast) != len(tensors):
+        raise InputError(f"cast: wanted {len(tensors)} bools, one for each tensor, got {cast}")
+    _check_entries(tensors, keep, bounds, "tensors")
+
+
+def check_scattered(values: Sequence[Tensor], targets: Sequence[Tensor], keep: Tensor, bounds: Sequence[int]) -> None:
+    """Raise unless all arguments of scatter_kept fit: every value has the shape of the kept part of its target."""
+    check_kept_lists(targets, keep, bounds, "targets")
+    if not isinstance(values, Sequence) or len(values) != len(targets):
+        raise InputError(f"values: wanted {len(targets)} tensors, one for each target, got {values}")
+    for i, (value, target) in enumerate(zip(values, targets, strict=True)):
+        check_tensor(value, f"values[{i}]")
+        begin, middle, end = bounds[2 * i : 2 * i + 3]
+        kept = {0: middle - begin, 1: end - middle}
+        shape = tuple(kept.get(dim) or size for dim, size in enumerate(target.shape))
+        if tuple(value.shape) != shape:
+            raise InputError(
+                f"values[{i}]: wanted shape {shape}, the kept part of its target, got {tuple(value.shape)}"
+            )
+        if value.device != keep.device:
+            raise InputError(f"values[{i}]: wanted it on {keep.device}, where keep is, got it on {value.device}")
+        if any(stride == 0 and size > 1 for stride, size in zip(target.stride(), target.shape, strict=True)):
+            raise InputError(f"targets[{i}]: wanted a tensor whose elements share no memory, got {target.stride()}")
+    _check_entries(targets, keep, bounds, "targets")
+
+
+def _check_entries(tensors: Sequence[Tensor], keep: Tensor, bounds: Sequence[int], name: str) -> None:
+    if keep.device.type != "cpu":
+        return
+    for i, tensor in enumerate(tensors):
+        for dim, size in enumerate(tensor.shape[:2]):
+            entries = keep[bounds[2 * i + dim] : bounds[2 * i + dim + 1]]
+            if entries.numel() > 0 and int(entries.max()) >= size:
+                raise InputError(
+                    f"keep: wanted entries below {size} for dimension {dim} of {name}[{i}], got {int(entries.max())}"
+                )

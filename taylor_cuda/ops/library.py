@@ -235,7 +235,7 @@ def _fake_gather_kept(
 def _fake_scatter_kept(
     values: Sequence[Tensor], targets: Sequence[Tensor], keep: Tensor, bounds: Sequence[int], clear: bool
 ) -> None:
-    checks.check_kept_lists(targets, keep, bounds)
+    checks.check_kept_lists(targets, keep, bounds, "targets")
     torch._check(len(values) == len(targets))
 
 

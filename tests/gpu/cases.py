@@ -192,6 +192,10 @@ class Ops:
         self.accumulate_importance = getattr(namespace, "accumulate_importance", None)
         self.keep_mask = getattr(namespace, "keep_mask", None)
         self.score_relu_backward = getattr(namespace, "score_relu_backward", None)
+        self.pack_channels = getattr(namespace, "pack_channels", None)
+        self.unpack_channels = getattr(namespace, "unpack_channels", None)
+        self.gather_kept = getattr(namespace, "gather_kept", None)
+        self.scatter_kept = getattr(namespace, "scatter_kept", None)
 
 
 def check_channel_ops(

@@ -41,6 +41,10 @@ WIDE = {
     "accumulate_importance": "",  # gathers
     "keep_mask": "",  # scores in any stride
     "score_relu_backward": r"(column|row|packed)_relu_kernel<\w+, [248],*",
+    "pack_channels": r"pack_channels_kernel<[\w ]+, [248]>*",
+    "unpack_channels": r"unpack_channels_kernel<[\w ]+, [248]>*",
+    "gather_kept": r"gather_kept_kernel*",
+    "scatter_kept": r"scatter_\w+_kernel*",
     "weight_importance": r"weights_kernel<\w+, \w+, [248]>",
 }
 

@@ -11,9 +11,10 @@ from tests.gpu import emulator
 
 
 @pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler on the PATH")
-def test_every_element_is_read_once_and_every_sum_written_once(tmp_path: Path) -> None:
-    program = tmp_path / "plan_coverage"
-    source = Path(__file__).parent / "emulation" / "plan_coverage.cpp"
+@pytest.mark.parametrize("walk", ["plan_coverage", "mapped_coverage"])
+def test_every_element_and_every_sum_has_one_thread(walk: str, tmp_path: Path) -> None:
+    program = tmp_path / walk
+    source = Path(__file__).parent / "emulation" / f"{walk}.cpp"
     folders = ["-I", str(emulator.ROOT / "csrc"), "-isystem", str(emulator.torch_folder() / "include")]
     flags = ["-std=c++20", "-O2", "-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections", *emulator.STABLE_ABI]
     build = [str(emulator.compiler()), *flags, *folders, str(source), "-o", str(program)]

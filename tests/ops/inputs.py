@@ -56,6 +56,27 @@ def _window(m: Maker) -> tuple[Tensor, Tensor]:
     return m.sums(4000), m.whole(0, 0)
 
 
+def _kept(m: Maker, n: int, every: int = 2) -> Tensor:
+    """The positions of every so many of n, and two entries of none."""
+    return m.whole(*range(0, n, every), -1, -1)
+
+
+def _kept_weights(m: Maker) -> tuple[list[Tensor], Tensor, list[int]]:
+    """Weights, their keep lists in one, and where each begins: rows and columns, rows, columns, neither."""
+    weights = [m(64, 48, 3, 3), m.nhwc(64, 48, 3, 3), m(300, 700), m(300, 700).t(), m(500), m(90_000)]
+    rows, columns = _kept(m, 64), _kept(m, 48, 3)
+    lists = [rows, columns, rows, columns, rows[:0], _kept(m, 700), _kept(m, 700), rows[:0], _kept(m, 500)]
+    bounds = [sum(map(len, lists[:i])) for i in range(len(lists) + 1)]
+    return weights, torch.cat(lists), [*bounds, *bounds[-1:] * 3]
+
+
+def _scattered(m: Maker, clear: bool) -> Call:
+    weights, keep, bounds = _kept_weights(m)
+    targets = [torch.empty_like(w, dtype=reference.result_dtype(m.dtype)).fill_(1) for w in weights]
+    values = reference.gather_kept(weights, keep, bounds, [False] * len(weights), m.dtype)
+    return values, targets, keep, bounds, clear
+
+
 INPUTS: dict[str, Callable[[Maker], list[Call]]] = {
     "channel_importance": lambda m: [(*pair, r) for pair in _pairs(m) for r in reference.CHANNEL_REDUCTIONS],
     "channel_sums": lambda m: list(_pairs(m)),
@@ -82,12 +103,20 @@ INPUTS: dict[str, Callable[[Maker], list[Call]]] = {
         for c in x.shape[1:2]
         for training in (True, False)
     ],
+    "gather_kept": lambda m: [
+        (*_kept_weights(m), [i % 2 == 0 for i in range(6)], dtype) for dtype in (torch.float16, m.dtype)
+    ],
     "keep_mask": lambda m: [(m.sums(n).mul(8).round(), m.whole(n // 3, shape=())) for n in (1, 5000, 70_000)],
+    "pack_channels": lambda m: [(x, _kept(m, x.shape[1])) for x, _ in _pairs(m)],
+    "scatter_kept": lambda m: [_scattered(m, clear) for clear in (True, False)],
     "score_relu_backward": lambda m: [
         (a.relu(), g, m.sums(*a.shape[first:2]), *skip)
         for a, g in _pairs(m)
         for first in (0, 1)
         for skip in ((), (g * 2, m.sums(*a.shape[first:2])))
+    ],
+    "unpack_channels": lambda m: [
+        (x, m.whole(*range(3, c + 1), -1, -1), c + 5) for x, _ in _pairs(m) for c in x.shape[1:2]
     ],
     "weight_importance": lambda m: [(*_weights(m), r) for r in reference.WEIGHT_REDUCTIONS],
 }

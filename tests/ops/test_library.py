@@ -22,6 +22,7 @@ from tests.ops.checks import BACKENDS
 PAIR = (torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5))
 LISTS = ([torch.randn(3, 4, 2, 2), torch.randn(5)], [torch.randn(3, 4, 2, 2), torch.randn(5)], [1, 0])
 SUMS, UNITS = [torch.randn(3, 4), torch.randn(3, 2)], (torch.tensor([0, 5, 2]), torch.tensor([0, 2, 3]))
+ENTRIES, NO_ENTRIES = torch.tensor([0, 2, -1]), torch.tensor([], dtype=torch.int64)
 SAMPLES: dict[str, list[tuple[object, ...]]] = {
     "channel_importance": [(*PAIR, reduction) for reduction in (*reference.CHANNEL_REDUCTIONS, "all")],
     "channel_sums": [
@@ -60,6 +61,25 @@ SAMPLES: dict[str, list[tuple[object, ...]]] = {
             False,
             [False, True, True, False],
         ),
+    ],
+    "pack_channels": [
+        (PAIR[0], ENTRIES),
+        (PAIR[0].to(memory_format=torch.channels_last).bfloat16(), ENTRIES),
+        (PAIR[0][:, :, ::2], NO_ENTRIES),
+    ],
+    "unpack_channels": [
+        (PAIR[0][:, :3], ENTRIES, 5),
+        (PAIR[0].to(memory_format=torch.channels_last)[:, :3].bfloat16(), ENTRIES, 3),
+        (PAIR[0][:, :0], NO_ENTRIES, 2),
+    ],
+    "gather_kept": [
+        (LISTS[0], ENTRIES, [0, 1, 3, 3, 3], [True, False], torch.bfloat16),
+        ([LISTS[0][0].to(memory_format=torch.channels_last)], ENTRIES, [0, 0, 3], [False], torch.float32),
+        (LISTS[0], NO_ENTRIES, [0] * 5, [False, True], torch.float16),
+    ],
+    "scatter_kept": [
+        ([torch.randn(1, 2, 2, 2), torch.randn(5)], LISTS[0], ENTRIES, [0, 1, 3, 3, 3], True),
+        ([torch.randn(3, 4, 2, 2).half()], LISTS[0][:1], ENTRIES, [0, 3, 3], False),
     ],
 }
 

@@ -208,7 +208,7 @@ void check_weights() {
       const WeightItem& item = table.item[find_item(table, block)];
       const WeightUnit unit = weight_unit(item, block);
       expect(unit.count > 0 && unit.first >= 0 && unit.first + unit.count <= item.segments, "segments out of bounds");
-      const int64_t work = planning::unit_work(item);
+      const int64_t work = unit_work(item);
       expect(work <= previous, "a block with more to do starts later");
       previous = work;
       for (int32_t i = unit.first; i < unit.first + unit.count; ++i)
