@@ -258,6 +258,6 @@ def check_kept_lists(tensors: Sequence[Tensor], keep: Tensor, bounds: Sequence[i
         check_tensor(tensor, f"tensors[{i}]")
         lists = sum(bounds[2 * i + part + 1] > bounds[2 * i + part] and part + 1 for part in (0, 1))
         if tensor.dim() < (2 if lists >= 2 else 1):
-            raise InputError(f"tensors[{i}]: wanted the dimensions that bounds has lists for, got {tuple(tensor.shape)}")
+            raise InputError(f"tensors[{i}]: wanted the dimensions that lists are for, got {tuple(tensor.shape)}")
         if tensor.device != keep.device:
             raise InputError(f"tensors[{i}]: wanted it on {keep.device}, where keep is, got it on {tensor.device}")
