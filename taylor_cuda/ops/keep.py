@@ -51,15 +51,16 @@ def keep_lists(masks: Sequence[Tensor], round_to: int = 1) -> list[Tensor]:
         raise InputError(f"masks: wanted a list of tensors, got {type(masks).__name__}")
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise InputError(f"round_to: wanted an int of at least 1, got {round_to!r}")
+    devices = [mask.device for mask in masks if isinstance(mask, Tensor)] or [torch.device("cpu")]
     for i, mask in enumerate(masks):
-        _check_vector(mask, f"masks[{i}]", masks[0].device, (torch.bool,))
+        _check_vector(mask, f"masks[{i}]", devices[0], (torch.bool,))
     if not masks:
         return []
     flags = torch.cat(list(masks)).cpu().numpy()
     ends = np.cumsum([mask.shape[0] for mask in masks])
     entries = [np.flatnonzero(part) for part in np.split(flags, ends[:-1])]
     padded = [np.pad(each, (0, -len(each) % round_to), constant_values=-1) for each in entries]
-    joined = torch.from_numpy(np.concatenate(padded)).to(masks[0].device)
+    joined = torch.from_numpy(np.concatenate(padded)).to(devices[0])
     lists = list(joined.split([len(each) for each in padded]))
     for keep, kept in zip(lists, entries, strict=True):
         _remember(keep, kept)

@@ -27,7 +27,8 @@ class _Packing(NamedTuple):
 
     inputs: Tensor | None  # [groups·ki]: where in x its inputs are
     columns: Tensor | None  # [ki], or [groups, ki] within the groups: where in dimension 1 of the weight they are
-    rows: Tensor | None  # [ko], or [groups, ko]: where in dimension 0 of the weight, in scale and bias its outputs are
+    rows: Tensor | None  # [ko], or [groups, ko]: where in dimension 0 of the weight its outputs are
+    channels: Tensor | None  # [groups·ko]: where in scale and bias they are
     outputs: Tensor | None  # [groups·ko]: where in y they go
     groups: int
     counts: tuple[int, int]  # of outputs and of inputs
@@ -109,23 +110,24 @@ def _packing(
     rows, columns = (_as_list(keep, rounded) for keep in (keep_out, keep_in))
     outputs = weight.shape[0] if rows is None else rows.shape[0]
     inputs = weight.shape[1] if columns is None else columns.shape[0]
-    return _Packing(None if packed else columns, columns, rows, None if packed else rows, groups, (outputs, inputs))
+    counts = (outputs, inputs)
+    return _Packing(None if packed else columns, columns, rows, rows, None if packed else rows, groups, counts)
 
 
 def _packing_of_channels(
     x: Tensor, channels: int, keep_out: Tensor | None, keep_in: Tensor | None, packed: bool, rounded: bool
 ) -> _Packing:
     """Depthwise: an output has one input, and the list of outputs is that of inputs but for those that are dropped."""
-    rows = _as_list(keep_out, rounded)
-    if keep_in is None:
-        inputs = rows
-    elif keep_in is keep_out:
-        inputs = None if packed else rows
-    else:
-        inputs = _places(keep_in, channels, packed)
-        inputs = inputs[:channels] if rows is None else inputs[rows]
-    count = channels if rows is None else rows.shape[0]
-    return _Packing(inputs, None, rows, None if packed else rows, count, (count, count))
+    kept = _as_list(keep_out, rounded)
+    count = channels if kept is None else kept.shape[0]
+    inputs, rows = kept, kept
+    if keep_in is keep_out:
+        inputs = None if packed else kept
+    elif keep_in is not None:
+        outputs = torch.arange(channels, device=x.device) if kept is None else kept
+        inputs = _places(keep_in, channels, packed)[outputs]
+        rows = torch.where(inputs < 0, -1, outputs)  # where the input is dropped, so is the filter, but not the bias
+    return _Packing(inputs, None, rows, kept, None if packed else kept, count, (count, count))
 
 
 def _places(keep_in: Tensor, channels: int, packed: bool) -> Tensor:
@@ -158,6 +160,7 @@ def _packing_of_groups(
         None if as_they_are[1] else tables[3].flatten(),
         tables[2],
         tables[0],
+        tables[0].flatten(),
         None if as_they_are[0] else tables[1].flatten(),
         len(remaining),
         counts,
@@ -205,14 +208,12 @@ def _unpack(x: Tensor, keep: Tensor | None, channels: int) -> Tensor:
 
 def _of_rows(vector: Tensor, packing: _Packing, dtype: torch.dtype) -> Tensor:
     """``[C_out]`` -> that of the compact outputs."""
-    rows = packing.rows
-    return vector.to(dtype) if rows is None else _pack(vector.to(dtype).view(1, -1), rows.flatten())[0]
+    return _pack(vector.to(dtype).view(1, -1), packing.channels)[0]
 
 
 def _among_rows(vector: Tensor, packing: _Packing, channels: int) -> Tensor:
     """The reverse, with 0 where nothing was kept."""
-    rows = packing.rows
-    return vector if rows is None else _unpack(vector.view(1, -1), rows.flatten(), channels)[0]
+    return _unpack(vector.view(1, -1), packing.channels, channels)[0]
 
 
 def _scaled(weight: Tensor, scale: Tensor | None, packing: _Packing) -> Tensor:
