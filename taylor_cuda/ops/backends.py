@@ -44,7 +44,7 @@ OPS = (
 )
 
 # Ops of the backend "native" that are made of others instead of compiled.
-_MADE_OF_OTHERS = {
+MADE_OF_OTHERS = {
     "masked_conv2d_forward": "taylor_cuda.ops.packed_conv",
     "masked_conv2d_backward": "taylor_cuda.ops.packed_conv",
 }
@@ -84,8 +84,8 @@ def load_native(device: str) -> bool:
 
 
 def _find_native(op: str, device: str) -> Implementation | None:
-    if op in _MADE_OF_OTHERS:
-        made: Implementation = getattr(importlib.import_module(_MADE_OF_OTHERS[op]), op)
+    if op in MADE_OF_OTHERS:
+        made: Implementation = getattr(importlib.import_module(MADE_OF_OTHERS[op]), op)
         return made
     name, key = f"taylor_cuda_native::{op}", {"cpu": "CPU", "cuda": "CUDA"}.get(device, "")
     if not load_native(device) or not hasattr(torch.ops.taylor_cuda_native, op):
@@ -165,7 +165,7 @@ def select(op: str, device: str, call: Sequence[Any] = ()) -> Implementation:
     Raises:
         InputError: the backend that was asked for does not have this op on this device.
     """
-    if call and _asked is None and op in _MADE_OF_OTHERS:
+    if call and _asked is None and op in MADE_OF_OTHERS:
         return _first(op, device, _order_of_masked_conv2d(op, device, call))
     return _select(op, device, _asked)
 

@@ -132,12 +132,13 @@ def masked_conv2d(
     x, weight, bias = _autocast(x, weight, bias)
     _check_sizes(x, weight, groups)
     channels = weight.shape[1] * groups
+    listed = packed and isinstance(keep_in, Tensor) and keep_in.dim() == 1
+    wanted = keep_in.shape[0] if listed and keep_in is not None else channels
+    if x.shape[-3] != wanted:
+        raise InputError(f"x: wanted {wanted} channels, got shape {tuple(x.shape)}")
     for keep, name, size in ((keep_out, "keep_out", weight.shape[0]), (keep_in, "keep_in", channels)):
         if keep is not None:
             check_keep(keep, name, size, x.device, packed)
-    wanted = keep_in.shape[0] if packed and keep_in is not None else channels
-    if x.shape[-3] != wanted:
-        raise InputError(f"x: wanted {wanted} channels, got shape {tuple(x.shape)}")
     _check_vectors(x, weight, bias, scale)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     steps, rates = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)

@@ -3,6 +3,9 @@
 An engine of ops that ``backends`` selects; it has none of its own to compile. It waits for a GPU where it has to know
 what only the device does: how many channels a bool mask keeps, and, for grouped convolutions that are not depthwise,
 which groups the channels are in (of lists that ``keep`` has seen, it knows).
+
+The order of the sums is the library's. oneDNN's depends on the number of threads; two runs with the same number are
+bit-equal. cuDNN's are where ``torch.backends.cudnn.deterministic`` is set.
 """
 
 from __future__ import annotations
