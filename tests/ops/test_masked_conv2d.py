@@ -234,21 +234,34 @@ def call(
 
 
 @pytest.mark.parametrize("op", ["masked_conv2d_forward", "masked_conv2d_backward"])
-def test_the_choice_follows_what_is_kept(op: str) -> None:
-    def chosen(*args: Any, **kwargs: Any) -> str:
-        given = call(*args, **kwargs)
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_choice_follows_what_is_kept(op: str, listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(*kept: int, **kind: Any) -> str:
+        given = call(*kept, **{"listed": listed, **kind})
         given = given if op.endswith("forward") else (given[0], *given[:2], *given[3:10], [True] * 3)
         return backends.select(op, "cpu", given).__module__.rpartition(".")[2]
 
-    for listed in (False, True):
-        assert chosen(50, 50, listed=listed) == "packed_conv"
-        assert chosen(100, 100, listed=listed) == "reference_conv"
-        assert chosen(100, 100, groups=100, listed=listed) == "reference_conv"
-        assert chosen(30, 30, groups=10, listed=listed) == "packed_conv"
-        assert chosen(30, 30, groups=100, listed=listed) == "packed_conv"
-        assert chosen(30, 30, kernel=1, listed=listed) == "packed_conv"
-    assert chosen(100, 100, packed=True) == "packed_conv"
-    with backends.use("reference"):
-        assert chosen(50, 50) == "reference_conv"
-    with backends.use("native"):
-        assert chosen(100, 100) == "packed_conv"
+    for position, (name, kind) in enumerate(
+        {"1x1": {"kernel": 1}, "kxk": {}, "grouped": {"groups": 10}, "depthwise": {"groups": 100}}.items()
+    ):
+        for each in backends.COMPACT_UP_TO:
+            monkeypatch.setitem(backends.COMPACT_UP_TO, each, 0.36 if each == name else 9.0)
+        below, above = ((60, 60), (60, 61)) if position < 2 else ((36, 90), (37, 90))
+        assert (chosen(*below, **kind), chosen(*above, **kind)) == ("packed_conv", "reference_conv")
+        assert (chosen(*below[::-1], **kind), chosen(*above[::-1], **kind)) == ("packed_conv", "reference_conv")
+        assert chosen(100, 100, packed=True, listed=True, **kind) == "packed_conv"
+        with backends.use("reference"):
+            assert chosen(*below, **kind) == "reference_conv"
+        with backends.use("native"):
+            assert chosen(*above, **kind) == "packed_conv"
+        with backends.use("triton"), pytest.raises(tc.InputError, match="'triton' was asked for"):
+            chosen(*below, **kind)
+
+
+def test_on_a_gpu_masks_and_lists_go_different_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs: which backend would, if all were there."""
+    monkeypatch.setattr(backends, "_first", lambda op, device, order: order)
+    op = "masked_conv2d_forward"
+    assert backends.select(op, "cuda", call(60, 60)) == ("native", "triton", "reference")
+    assert backends.select(op, "cuda", call(60, 60, listed=False)) == ("triton", "native", "reference")
+    assert backends.select(op, "mps", call(60, 60)) == ("native", "reference")
