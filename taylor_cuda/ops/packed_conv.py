@@ -105,7 +105,7 @@ def masked_conv2d_backward(
 def _packing(
     x: Tensor, weight: Tensor, keep_out: Tensor | None, keep_in: Tensor | None, groups: int, packed: bool
 ) -> _Packing:
-    rounded = x.is_cuda and not packed
+    rounded = _is_rounded(x, packed)
     if groups > 1 and (keep_out is not None or keep_in is not None):
         if weight.shape[1] == 1 and weight.shape[0] == groups:
             return _packing_of_channels(x, groups, keep_out, keep_in, packed, rounded)
@@ -115,6 +115,11 @@ def _packing(
     inputs = weight.shape[1] if columns is None else columns.shape[0]
     counts = (outputs, inputs)
     return _Packing(None if packed else columns, columns, rows, rows, None if packed else rows, groups, counts)
+
+
+def _is_rounded(x: Tensor, packed: bool) -> bool:
+    """Whether lists are filled up for the device; with ``packed`` their lengths are those of x and y."""
+    return x.is_cuda and not packed
 
 
 def _packing_of_channels(

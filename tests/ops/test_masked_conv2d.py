@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import taylor_cuda as tc
-from taylor_cuda.ops import backends
+from taylor_cuda.ops import backends, packed_conv
 from tests.ops.masked_conv_cases import each_engine, random_case, running, without
 
 OUT, IN = torch.tensor([True, False, True]), torch.tensor([False, True, True, False])
@@ -85,6 +85,28 @@ def test_any_configuration_equals_the_dense_one(seed: int) -> None:
             wanted = torch.zeros_like(like) if other is None else other
             torch.testing.assert_close(each, wanted, rtol=1e-12, atol=1e-12, msg=lambda text, n=name: f"d{n}: {text}")
             assert each.stride() == like.stride() or 1 in like.shape or 0 in like.shape
+
+
+def test_counts_that_are_rounded_up_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: every compact convolution has a multiple of 16 channels, and computes the same."""
+    monkeypatch.setattr(packed_conv, "_is_rounded", lambda x, packed: not packed)
+    convolve, counts = torch.conv2d, []
+    monkeypatch.setattr(torch, "conv2d", lambda *args: (counts.append(args[1].shape[0]), convolve(*args))[1])
+    for seed in range(60):
+        case = random_case(seed)
+        mine, inputs = case.inputs(), case.inputs()
+        expected = case.dense(*inputs)
+        counts.clear()
+        with running("native"):
+            y = case.masked(*mine)
+        if counts and (case.groups == 1 or case.weight.shape[:2] == (case.groups, 1)):
+            whole = case.keep_out is None or (not case.listed and bool(case.keep_out.all()))
+            assert case.packed or whole or counts[-1] % 16 == 0
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        found = torch.autograd.grad(y.sin().sum(), mine)
+        wanted = torch.autograd.grad(expected.sin().sum(), inputs, allow_unused=True)
+        for each, other, like in zip(found, wanted, mine, strict=True):
+            torch.testing.assert_close(each, torch.zeros_like(like) if other is None else other, rtol=1e-12, atol=1e-12)
 
 
 @each_engine
