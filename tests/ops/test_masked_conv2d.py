@@ -198,9 +198,9 @@ def test_all_channels_dropped_and_packed(engine: str) -> None:
 def test_nan_in_dropped_channels_stays_there(engine: str, groups: int, listed: bool) -> None:
     """Wherever it is: in the input, the weight, the bias, the scale, and in the gradient of the result."""
     inputs, outputs = 8, 12 if groups == 2 else 8
-    out, into = torch.arange(outputs) % 3 != 1, torch.arange(inputs) % 4 != 2
+    out, into = torch.arange(outputs) % 3 != 0, torch.arange(inputs) % 3 != 0  # of two groups, 2 and 3 inputs
     if groups == 4:  # depthwise
-        groups, out = 8, torch.arange(8) % 3 != 1
+        groups, out = 8, torch.arange(8) % 5 != 1
     x, weight = torch.randn(2, inputs, 6, 6), torch.randn(outputs, inputs // groups, 3, 3)
     bias, scale, gradient = torch.randn(outputs), torch.rand(outputs), torch.randn(2, outputs, 6, 6)
     results = []
@@ -239,10 +239,10 @@ def test_narrow_types_agree_with_float64(engine: str, dtype: torch.dtype) -> Non
 
 
 def test_the_scale_is_not_rounded_before_it_multiplies() -> None:
-    """1.0039 is no bfloat16, but 255 times it is 256."""
+    """1.003 is 1 as a bfloat16, but 255 times it is 256."""
     x, weight = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), torch.full((1, 1, 1, 1), 255.0, dtype=torch.bfloat16)
     with running("native"):
-        y = tc.masked_conv2d(x, weight, scale=torch.tensor([256 / 255]))
+        y = tc.masked_conv2d(x, weight, scale=torch.tensor([1.003]))
     assert y.item() == 256.0
 
 

@@ -215,25 +215,21 @@ def test_masks_that_drop_and_grow_for_fifty_steps(engine: str, form: str, one_th
     assert any((results[0][1] - start["first.weight"]).flatten(1).any(1))
 
 
-def test_both_halves_run_in_the_engine_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
+def test_both_halves_run_where_their_arguments_send_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+    first = backends._first
 
-    def noted(op: str) -> Callable[..., Any]:
-        found = backends.find(op, "native", "cpu")
-        assert found is not None
-        return lambda *args: (seen.append(op), found(*args))[1]
+    def noted(op: str, device: str, order: tuple[str, ...]) -> Callable[..., Any]:
+        seen.append((op.rpartition("_")[2], order[0]))
+        return first(op, device, order)
 
-    with running("native"):
-        for op in ("masked_conv2d_forward", "masked_conv2d_backward"):
-            run = noted(op)
-            monkeypatch.setattr(
-                backends,
-                "_first",
-                lambda name, *rest, op=op, run=run, was=backends._first: run if name == op else was(name, *rest),
-            )
+    monkeypatch.setattr(backends, "_first", noted)
+    for share, engine in ((9.0, "native"), (-1.0, "reference")):
+        monkeypatch.setitem(backends.COMPACT_UP_TO, "kxk", share)
         x, weight, bias = leaves()
         tc.masked_conv2d(x, weight, bias, OUT, IN).sum().backward()
-    assert seen == ["masked_conv2d_forward", "masked_conv2d_backward"]
+        assert seen == [("forward", engine), ("backward", engine)]
+        seen.clear()
 
 
 @each_engine
