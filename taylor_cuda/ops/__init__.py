@@ -12,9 +12,12 @@ from torch import Tensor
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.ops import backends, checks, library
+from taylor_cuda.ops.conv import masked_conv2d
 from taylor_cuda.ops.gate import ScoreGate, score_gate
+from taylor_cuda.ops.keep import keep_lists
 from taylor_cuda.ops.kept import gather_kept, scatter_kept
 from taylor_cuda.ops.norm import BatchNormReLU, batch_norm_relu
+from taylor_cuda.ops.pack import pack_channels, unpack_channels
 from taylor_cuda.ops.reference import CHANNEL_REDUCTIONS, UNIT_REDUCTIONS, WEIGHT_REDUCTIONS
 from taylor_cuda.ops.relu import ScoreReLU, score_relu
 
@@ -29,11 +32,15 @@ __all__ = [
     "channel_importance",
     "channel_sums",
     "gather_kept",
+    "keep_lists",
     "keep_mask",
+    "masked_conv2d",
+    "pack_channels",
     "scatter_kept",
     "score_gate",
     "score_relu",
     "score_relu_backward",
+    "unpack_channels",
     "weight_importance",
 ]
 

@@ -39,7 +39,7 @@ def _define(op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str
         device = _device_of(args)
         with torch.no_grad():
             # Where nothing says on which device, there is nothing to compute either, and native code can't be reached.
-            return op(*args) if device is None else backends.select(name, device)(*args)
+            return op(*args) if device is None else backends.select(name, device, args)(*args)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -50,7 +50,7 @@ def _define(op: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str
     overload: Callable[..., Any] = getattr(torch.ops.taylor_cuda, name).default
 
     def call(*args: Any) -> Any:
-        if _is_watched() or not _are_plain(args):
+        if is_watched() or not _are_plain(args):
             return overload(*args)
         result = run(*args)
         _bump(args, changed)
@@ -68,7 +68,7 @@ def _device_of(args: Sequence[Any]) -> str | None:
     return None
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether the compiler, a dispatch mode or a function transform has to see the op that is called."""
     return (
         torch.compiler.is_compiling()

@@ -80,7 +80,7 @@ def masked_conv2d_forward(
     scale: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """y = relu(scale·conv2d(x, weight) + bias) at the kept output channels, from the kept input channels; 0 elsewhere.
+    """Compute relu(scale·conv2d(x, weight) + bias) from kept input to kept output channels, and 0 at the others.
 
     ``keep_out`` and ``keep_in`` are bool masks ``[C]`` or keep lists. With ``packed`` they are lists, and x and y have
     the channels of the lists instead of all of them. ``scale`` and ``bias`` are ``[C_out]``; without ``relu`` no ReLU.
@@ -142,7 +142,12 @@ def lists_of(keep: Tensor, bounds: Sequence[int], i: int) -> tuple[Tensor | None
 
 
 def empty_laid_as(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor of ``shape`` with its dimensions in memory in the order of those of ``tensor``, without gaps.
+    """An empty tensor of ``shape`` with its dimensions in memory in the order of those of ``tensor``, without gaps."""
+    return tensor.new_empty_strided(tuple(shape), strides_laid_as(tensor, shape), dtype=dtype)
+
+
+def strides_laid_as(tensor: Tensor, shape: Sequence[int]) -> list[int]:
+    """The strides of ``empty_laid_as``.
 
     Strides alone can't tell the formats of a 1×1 or a depthwise weight apart: dimensions of length 1 count as the inner
     one of two with equal stride.
@@ -152,7 +157,7 @@ def empty_laid_as(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | Non
     for d in inner_first:
         strides[d] = step
         step *= max(shape[d], 1)
-    return tensor.new_empty_strided(tuple(shape), strides, dtype=dtype)
+    return strides
 
 
 def _select(x: Tensor, dim: int, keep: Tensor) -> Tensor:

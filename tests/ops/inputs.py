@@ -77,6 +77,26 @@ def _scattered(m: Maker, clear: bool) -> Call:
     return values, targets, keep, bounds, clear
 
 
+def _two_thirds(m: Maker, channels: int, fills: int = 0) -> Tensor:
+    """Two of three channels, the same for every seed: what is captured once has one length."""
+    return m.whole(*(c for c in range(channels) if c % 3), *[-1] * fills)
+
+
+def _masked_convolutions(m: Maker) -> list[tuple[Tensor, Tensor, Call]]:
+    """x, weight, and the arguments from keep_out to packed."""
+    lists, packed = (_two_thirds(m, 32), _two_thirds(m, 40)), (_two_thirds(m, 32, 1), _two_thirds(m, 40, 2))
+    compact = m.nhwc(6, len(packed[1]), 14, 14)
+    depthwise = _two_thirds(m, 40)
+    square, wide = ([1, 1], [1, 1], [1, 1]), ([2, 1], [0, 2], [1, 2])
+    return [
+        (m(6, 40, 14, 14), m(32, 40, 3, 3), (*lists, *square, 1, False)),
+        (m.nhwc(6, 40, 14, 14), m(32, 40, 3, 3), (*lists, *wide, 1, False)),
+        (m(6, 40, 7, 7), m(32, 40, 1, 1), (None, lists[1], [1, 1], [0, 0], [1, 1], 1, False)),
+        (compact, m(32, 40, 3, 3), (*packed, *square, 1, True)),
+        (m(6, 40, 14, 14), m(40, 1, 3, 3), (depthwise, depthwise, *square, 40, False)),
+    ]
+
+
 INPUTS: dict[str, Callable[[Maker], list[Call]]] = {
     "channel_importance": lambda m: [(*pair, r) for pair in _pairs(m) for r in reference.CHANNEL_REDUCTIONS],
     "channel_sums": lambda m: list(_pairs(m)),
@@ -109,6 +129,15 @@ INPUTS: dict[str, Callable[[Maker], list[Call]]] = {
     "keep_mask": lambda m: [(m.sums(n).mul(8).round(), m.whole(n // 3, shape=())) for n in (1, 5000, 70_000)],
     "pack_channels": lambda m: [(x, _kept(m, x.shape[1])) for x, _ in _pairs(m)],
     "scatter_kept": lambda m: [_scattered(m, clear) for clear in (True, False)],
+    "masked_conv2d_backward": lambda m: [
+        (reference.masked_conv2d_forward(x, w, None, *options, None, False).sin(), x, w, *options, [True] * 3)
+        for x, w, options in _masked_convolutions(m)
+    ],
+    "masked_conv2d_forward": lambda m: [
+        (x, w, m(w.shape[0]), *options, *epilogue)
+        for x, w, options in _masked_convolutions(m)
+        for epilogue in ((None, False), (m.sums(w.shape[0]), True))
+    ],
     "score_relu_backward": lambda m: [
         (a.relu(), g, m.sums(*a.shape[first:2]), *skip)
         for a, g in _pairs(m)

@@ -83,6 +83,39 @@ SAMPLES: dict[str, list[tuple[object, ...]]] = {
     ],
 }
 
+KEEP, CONV = torch.tensor([0, 3, -1]), ([1, 1], [1, 1], [1, 1])
+WEIGHT = torch.randn(6, 4, 3, 3)
+SAMPLES |= {
+    "pack_channels": [
+        (PAIR[0], KEEP),
+        (PAIR[0].to(memory_format=torch.channels_last), KEEP),
+        (PAIR[0][:, :, 0, 0], KEEP),
+    ],
+    "unpack_channels": [
+        (PAIR[0][:, :3], KEEP, 9),
+        (PAIR[0][:, :3].to(memory_format=torch.channels_last), KEEP, 5),
+        (PAIR[0][:, :0], KEEP[:0], 2),
+    ],
+    "gather_kept": [
+        ([WEIGHT, torch.randn(5)], torch.cat([KEEP, KEEP[:2], KEEP]), [0, 3, 5, 8, 8], [True, False], torch.bfloat16),
+        ([WEIGHT], KEEP[:0], [0, 0, 0], [True], torch.float16),
+    ],
+    "scatter_kept": [
+        ([WEIGHT[:3, :2]], [WEIGHT.clone()], torch.cat([KEEP, KEEP[:2]]), [0, 3, 5], clear) for clear in (False, True)
+    ],
+    "masked_conv2d_forward": [
+        (PAIR[0], WEIGHT, torch.zeros(6), torch.arange(6) % 2 == 0, None, *CONV, 1, False, None, False),
+        (PAIR[0], WEIGHT, None, KEEP, KEEP, *CONV, 1, False, torch.ones(6), True),
+        (PAIR[0][:, :3], WEIGHT, torch.zeros(6), KEEP, KEEP, *CONV, 1, True, None, True),
+        (PAIR[0].bfloat16(), WEIGHT[:4, :1].bfloat16(), None, KEEP, KEEP, *CONV, 4, False, torch.ones(4), False),
+    ],
+    "masked_conv2d_backward": [
+        (torch.randn(3, 6, 5, 5), PAIR[0], WEIGHT, torch.arange(6) % 2 == 0, None, *CONV, 1, False, [True] * 3),
+        (PAIR[0][:, :3], PAIR[1][:, :3], WEIGHT, KEEP, KEEP, *CONV, 1, True, [False, True, True]),
+        (*PAIR, WEIGHT[:4, :1], KEEP, KEEP, *CONV, 4, False, [True, True, False]),
+    ],
+}
+
 
 def every_op() -> list[str]:
     """The ops of the namespace, so that none can be forgotten."""
