@@ -80,7 +80,7 @@ __device__ __forceinline__ void copy_to_walked(const MappedItem& item, const Map
   const int64_t other_step = static_cast<int64_t>(item.other_lines) * item.other_length;
   const From* const from = static_cast<const From*>(item.other) + lane.other;
   To* const to = static_cast<To*>(const_cast<void*>(item.walked)) + tile.first * step + lane.at;
-  for (int32_t row = lane.row; row < tile.count; row += kUnroll * tile.down) {
+  for (int32_t row = lane.row; row < tile.count; row += rows_together(tile)) {
     Pack<From, kCount> packs[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ void copy_from_walked(const MappedItem& item, const M
   const From* const from = static_cast<const From*>(item.walked) + tile.first * step + lane.at;
   To* const to = static_cast<To*>(const_cast<void*>(item.other)) + lane.other;
   if (lane.other < 0) return;
-  for (int32_t row = lane.row; row < tile.count; row += kUnroll * tile.down) {
+  for (int32_t row = lane.row; row < tile.count; row += rows_together(tile)) {
     Pack<From, kCount> packs[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {

@@ -77,6 +77,9 @@ TAYLOR_HD MappedTile mapped_tile(const MappedItem& item, int32_t unit) {
           inner_packs(item)};
 }
 
+// From the outer places that a thread copies together to its next ones: kUnroll of them, tile.down apart.
+TAYLOR_HD int32_t rows_together(const MappedTile& tile) { return kUnroll * tile.down; }
+
 // The position of `place` among ascending entries, or -1. What is negative counts as larger than every place, so that
 // entries of -1 at the end are in order.
 TAYLOR_HD int32_t position_of(const int64_t* entries, int32_t count, int32_t place) {

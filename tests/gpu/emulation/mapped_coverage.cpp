@@ -41,7 +41,11 @@ void check(const std::string& name, const std::vector<Level>& levels, int wide, 
     for (int thread = 0; thread < kThreads; ++thread) {
       const int32_t row = thread / tile.across, pack = tile.start + thread - row * tile.across;
       if (row >= tile.down || pack >= tile.packs) continue;
-      for (int32_t r = row; r < tile.count; r += tile.down) ++seen[int64_t{tile.first + r} * tile.packs + pack];
+      for (int32_t first = row; first < tile.count; first += rows_together(tile)) {
+        for (int32_t r = first; r < tile.count && r < first + kUnroll * tile.down; r += tile.down) {
+          ++seen[int64_t{tile.first + r} * tile.packs + pack];
+        }
+      }
     }
   }
   for (const uint8_t count : seen) expect(count == 1, "a pack that has not one thread", name);
