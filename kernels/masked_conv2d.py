@@ -1,0 +1,193 @@
+"""Triton backend of ops.masked_conv2d: its forward and its backward op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from taylor_cuda.kernels import _conv, _conv_depthwise, _conv_tiles
+from taylor_cuda.kernels._conv_lists import ROUND, Side, make_side, pack_weights
+from taylor_cuda.kernels._conv_shape import (
+    INTERPRETED,
+    Shape,
+    check_types,
+    empty_as,
+    empty_columns,
+    in_columns,
+    is_columns,
+    is_wide,
+    make_shape,
+)
+from taylor_cuda.kernels._launch import device_of
+
+
+def masked_conv2d_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    keep_out: Tensor | None,
+    keep_in: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    packed: bool,
+    scale: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """Y = relu(scale·conv2d(x, weight) + bias) at kept output channels, from kept input channels; 0 elsewhere."""
+    check_types(x, weight)
+    shape = make_shape(weight, stride, padding, dilation, groups)
+    channels = keep_out.shape[0] if packed and keep_out is not None else weight.shape[0]
+    y = empty_as(x, (x.shape[0], channels, *shape.target(*x.shape[2:])))
+    if y.numel() == 0:
+        return y
+    values = in_columns(x)
+    result = y if is_columns(y) else empty_columns(y, y.shape)
+    epilogue = (_vector(scale), _vector(bias), relu)
+    if _is_depthwise(weight, groups):
+        keeps = (keep_in, keep_out)
+        _conv_depthwise.launch_depthwise(shape, values, weight, result, keeps, packed, epilogue, back=False)
+    else:
+        outputs = make_side(keep_out, weight.shape[0], groups, packed)
+        inputs = make_side(keep_in, weight.shape[1] * groups, groups, packed)
+        _launch_conv(shape, values, weight, result, (inputs, outputs), epilogue, back=False)
+    return y if result is y else y.copy_(result)
+
+
+def masked_conv2d_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    keep_out: Tensor | None,
+    keep_in: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    packed: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients that ``needs`` asks for, in x, weight and bias, between kept channels; the others are empty."""
+    check_types(x, weight)
+    shape = make_shape(weight, stride, padding, dilation, groups)
+    keeps = (keep_in, keep_out)
+    values, flow = in_columns(x), in_columns(gradient)
+    none = x.new_empty(0)
+    gx, gw = torch.empty_like(x) if needs[0] else none, none
+    result = gx if is_columns(gx) else empty_columns(x, x.shape)
+    depthwise = _is_depthwise(weight, groups)
+    sides = None
+    if not depthwise and (needs[0] or needs[1]):
+        outputs = make_side(keep_out, weight.shape[0], groups, packed)
+        sides = make_side(keep_in, weight.shape[1] * groups, groups, packed), outputs
+    if needs[0] and gx.numel() > 0:
+        if sides is None:
+            epilogue = (None, None, False)
+            _conv_depthwise.launch_depthwise(shape, flow, weight, result, keeps[::-1], packed, epilogue, back=True)
+        else:
+            _launch_conv(shape, flow, weight, result, sides[::-1], (None, None, False), back=True)
+        if result is not gx:
+            gx.copy_(result)
+    if needs[1]:
+        if 0 in (flow.numel(), values.numel()):
+            gw = torch.zeros_like(weight)
+        elif sides is None:
+            gw = _conv_depthwise.depthwise_weight_gradient(shape, flow, values, weight, keeps, packed)
+        else:
+            gw = _weight_gradient(shape, flow, values, weight, sides)
+    return gx, gw, _bias_gradient(gradient, weight, keep_out, packed) if needs[2] else none
+
+
+def _is_depthwise(weight: Tensor, groups: int) -> bool:
+    return groups > 1 and weight.shape[1] == 1 and weight.shape[0] == groups
+
+
+def _vector(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def _launch_conv(
+    shape: Shape,
+    a: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    sides: tuple[Side, Side],
+    epilogue: tuple[Tensor | None, Tensor | None, bool],
+    back: bool,
+) -> None:
+    """Write y from a, with channels side by side; ``sides`` are those of a and of y."""
+    inner, outer = sides
+    item, groups = a.element_size(), shape.groups
+    b = pack_weights(weight, outer, inner, groups, turned=back)
+    whole = weight.shape[1], weight.shape[0] // groups
+    width, outputs = whole[::-1] if back else whole
+    jumps, steps = (shape.stride, shape.steps) if back else ((1, 1), (1, 1))
+    classes = jumps[0] * jumps[1]
+    pixels = y.shape[0] * triton.cdiv(y.shape[2], jumps[0]) * triton.cdiv(y.shape[3], jumps[1])
+    tile = _conv_tiles.conv_tile(pixels * classes, outputs, width, shape.taps, item)
+    if outer.places is not None and outer.memory != outer.width * groups:
+        y.zero_()  # entries of -1 in a packed list are of no group
+    units = inner.unit(item), outer.unit(item)
+    grid = (classes * triton.cdiv(pixels, tile.m) * groups * triton.cdiv(outer.width, tile.n),)
+    with device_of(a):
+        _conv.conv_kernel[grid](
+            a, b, y, inner.places, inner.counts, outer.channels, outer.places, outer.counts, *epilogue[:2],
+            a.shape[0], *a.shape[2:], *y.shape[2:], *shape.numbers, *steps, groups,
+            inner.width // units[0], inner.memory // units[0], outer.width // units[1], outer.memory // units[1],
+            b.shape[3] // ROUND,
+            BACK=back, FLAT=_conv_tiles.is_flat(width, shape.taps), RELU=epilogue[2], A_UNIT=units[0], Y_UNIT=units[1],
+            B_UNIT=ROUND, **_constants(tile, a, y),
+        )  # fmt: skip
+
+
+def _weight_gradient(shape: Shape, flow: Tensor, x: Tensor, weight: Tensor, sides: tuple[Side, Side]) -> Tensor:
+    inputs, outputs = sides
+    item, groups, widths = x.element_size(), shape.groups, (weight.shape[0] // shape.groups, weight.shape[1])
+    gw = torch.empty_like(weight)
+    if inputs.channels is not None or outputs.channels is not None:
+        gw.zero_()
+    tile = _conv_tiles.weight_tile(*widths, shape.taps, item)
+    flat = _conv_tiles.is_flat(widths[1], shape.taps)
+    columns = triton.cdiv(shape.taps * inputs.width, tile.n) if flat else shape.taps * triton.cdiv(inputs.width, tile.n)
+    tiles = groups * triton.cdiv(outputs.width, tile.m) * columns
+    splits, trips = _conv_tiles.splits_of(tiles, flow.shape[0] * flow.shape[2] * flow.shape[3], tile.k)
+    part = x.new_empty((splits, groups, outputs.width, shape.taps, inputs.width), dtype=torch.float32)
+    units = outputs.unit(item), inputs.unit(item)
+    window = weight.shape[2:]
+    with device_of(x):
+        _conv.weight_gradient_kernel[(splits * tiles,)](
+            flow, x, part, outputs.places, outputs.counts, inputs.places, inputs.counts, x.shape[0], *x.shape[2:],
+            *flow.shape[2:], *shape.numbers, groups, outputs.width // units[0], outputs.memory // units[0],
+            inputs.width // units[1], inputs.memory // units[1], trips,
+            FLAT=flat, G_UNIT=units[0], X_UNIT=units[1], **_constants(tile, flow, x),
+        )  # fmt: skip
+        outer, inner, *rest = gw.stride()
+        _conv.finish_weight_gradient_kernel[(triton.cdiv(part[0].numel(), 64),)](
+            part, gw, outputs.channels, outputs.counts, inputs.channels, inputs.counts, groups, outputs.width,
+            inputs.width, *window, splits, outer, inner, *rest, inner * weight.shape[1],
+            BLOCK_S=32, BLOCK_E=64, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return gw
+
+
+def _constants(tile: _conv_tiles.Tile, *activations: Tensor) -> dict[str, Any]:
+    """What every kernel of products is compiled for."""
+    return {"WIDE": is_wide(*activations), "UPCAST": INTERPRETED, "enable_fp_fusion": True, **tile.constants}
+
+
+def _bias_gradient(gradient: Tensor, weight: Tensor, keep: Tensor | None, packed: bool) -> Tensor:
+    """The sum of the gradient over pixels at kept outputs, 0 elsewhere."""
+    sums = gradient.sum((0, 2, 3))
+    channels = weight.shape[0]
+    if keep is None:
+        return sums
+    if keep.dtype == torch.bool:
+        return torch.where(keep, sums, sums.new_zeros(()))
+    place = torch.where(keep >= 0, keep, channels)  # entries of -1 go behind the last channel
+    kept = sums if packed else sums.index_select(0, keep.clamp(min=0))
+    return sums.new_zeros(channels + 1).scatter_(0, place, kept)[:channels]
