@@ -1,7 +1,7 @@
 """The kernels of masked_conv2d: matrix products whose factors are gathered as they are loaded (implicit GEMM).
 
-Activations are [N, H, W, C] without gaps. Widths of sides come in units of up to 16 bytes where they are multiples of it,
-so that one binary loads widely for all of them, and every other number is an argument: a mask changes no binary.
+Activations are [N, H, W, C] without gaps. Widths of sides come in units of up to 16 bytes where they are multiples of
+it, so that one binary loads widely for all of them, and every other number is an argument: a mask changes no binary.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _places(places_ptr, group, width, position, count):
     """Where the channels of positions lie in memory."""
     place = group * width + position
     if places_ptr is not None:
-        place = tl.load(places_ptr + place, mask=position < count, other=0)
+        place = tl.load(places_ptr + place, mask=position < count, other=0).to(tl.int32)
     return place
 
 
@@ -151,14 +151,15 @@ def conv_kernel(
             a_ptr, n, h, w, rows, place, known, t * delta_h, u * delta_w, source_h, source_w, a_memory, FLAT, WIDE
         )
         b_place = ((first_h + t * step_h) * taps_w + first_w + u * step_w) * b_width + c
-        b = tl.load(b_row + b_place[:, None], mask=((c < b_count) & (tap < taps))[:, None] & (o < y_count)[None, :], other=0.0)
+        there = ((c < b_count) & (tap < taps))[:, None] & (o < y_count)[None, :]
+        b = tl.load(b_row + b_place[:, None], mask=there, other=0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
         accumulator = tl.dot(a, b, accumulator, input_precision="ieee")
 
     channel = group * y_width + o
     if y_channels_ptr is not None:
-        channel = tl.load(y_channels_ptr + channel, mask=o < y_count, other=-1)
+        channel = tl.load(y_channels_ptr + channel, mask=o < y_count, other=-1).to(tl.int32)
     kept = (o < y_count) & (channel >= 0)
     if scale_ptr is not None:
         accumulator *= tl.load(scale_ptr + channel, mask=kept, other=0.0).to(tl.float32)[None, :]
@@ -211,12 +212,10 @@ def weight_gradient_kernel(
         rows = m < pixels
         p, q = m // target_w % target_h, m % target_w
         n = m // target_w // target_h
-        g = tl.load(
-            g_ptr + m.to(tl.int64)[:, None] * g_memory + g_place[None, :], mask=rows[:, None] & known_o[None, :], other=0.0
-        )
-        x = _gathered(
-            x_ptr, n, p * stride_h, q * stride_w, rows, x_place, known_c, up, across, source_h, source_w, x_memory, FLAT, WIDE
-        )
+        g_row = g_ptr + m.to(tl.int64)[:, None] * g_memory
+        g = tl.load(g_row + g_place[None, :], mask=rows[:, None] & known_o[None, :], other=0.0)
+        h, w = p * stride_h, q * stride_w
+        x = _gathered(x_ptr, n, h, w, rows, x_place, known_c, up, across, source_h, source_w, x_memory, FLAT, WIDE)
         if UPCAST:
             g, x = g.to(tl.float32), x.to(tl.float32)
         accumulator = tl.dot(tl.trans(g), x, accumulator, input_precision="ieee")
@@ -231,7 +230,7 @@ def finish_weight_gradient_kernel(
     taps_h, taps_w, splits, row_stride, column_stride, h_stride, w_stride, group_shift,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """gw at the channels of (o, c), tap = the sum of part over its splits, in their order. Grid (tiles,)."""
+    """Store gw[o, c, tap] at its channels = the sum of part over its splits, in order. Grid (tiles,)."""
     element = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     taps = taps_h * taps_w
     size = groups.to(tl.int64) * row_width * taps * column_width

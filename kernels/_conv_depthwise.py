@@ -15,7 +15,7 @@ from taylor_cuda.kernels._conv_shape import Shape, is_wide
 from taylor_cuda.kernels._conv_tiles import power_between
 from taylor_cuda.kernels._launch import TARGET_PROGRAMS, device_of
 
-TILE = 2048  # elements of a tile
+TILE = 1024  # elements of a tile
 NUMBERS = (
     "samples", "source_h", "source_w", "target_h", "target_w", "taps_h", "taps_w", "stride_h", "stride_w", "pad_h",
     "pad_w", "dilation_h", "dilation_w", "a_memory", "y_memory", "a_entries", "y_entries",
@@ -60,9 +60,9 @@ def depthwise_kernel(
     tiles, program = tl.cdiv(y_memory, BLOCK_C), tl.program_id(0)
     position = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = position < y_memory
-    channel, place = position.to(tl.int64), position
+    channel, place = position, position
     if Y_KIND == 3:
-        channel = tl.load(y_keep_ptr + position, mask=inside, other=-1)
+        channel = tl.load(y_keep_ptr + position, mask=inside, other=-1).to(tl.int32)
         shown = channel >= 0
     else:
         shown = place_of(y_keep_ptr, channel, inside, y_entries, Y_KIND) >= 0
@@ -119,10 +119,10 @@ def depthwise_weight_gradient_kernel(
     inside = c < channels
     a_place, y_place, kept = c, c, inside
     if A_KIND != 0:
-        a_place = place_of(a_keep_ptr, c.to(tl.int64), inside, a_entries, A_KIND)
+        a_place = place_of(a_keep_ptr, c, inside, a_entries, A_KIND)
         kept &= a_place >= 0
     if Y_KIND != 0:
-        y_place = place_of(y_keep_ptr, c.to(tl.int64), inside, y_entries, Y_KIND)
+        y_place = place_of(y_keep_ptr, c, inside, y_entries, Y_KIND)
         kept &= y_place >= 0
     total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     trip = trips * 0
@@ -165,7 +165,9 @@ def _common(a: Tensor, y: Tensor, keeps: tuple[Tensor | None, Tensor | None], pa
 def _are_same(keeps: tuple[Tensor | None, Tensor | None], kinds: list[int]) -> bool:
     """Whether both sides have one packed list, so that inputs lie where outputs do."""
     a, y = keeps
-    return kinds == [PACKED, PACKED] and a is not None and y is not None and a.data_ptr() == y.data_ptr() and a.shape == y.shape
+    if a is None or y is None or kinds != [PACKED, PACKED]:
+        return False
+    return a is y or (a.data_ptr() == y.data_ptr() and a.shape == y.shape and a.stride() == y.stride())
 
 
 def launch_depthwise(

@@ -83,8 +83,13 @@ def sides_kernel(
         start += BLOCK
 
 
-@triton.jit(do_not_specialize=("row_width", "column_width", "b_width", "taps_h", "taps_w", "row_stride",
-                               "column_stride", "h_stride", "w_stride", "group_shift"))
+PACK_NUMBERS = (
+    "row_width", "column_width", "b_width", "taps_h", "taps_w", "row_stride", "column_stride", "h_stride", "w_stride",
+    "group_shift",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PACK_NUMBERS)
 def pack_weights_kernel(
     w_ptr, b_ptr, rows_ptr, row_counts_ptr, columns_ptr, column_counts_ptr, row_width, column_width, b_width,
     taps_h, taps_w, row_stride, column_stride, h_stride, w_stride, group_shift,
@@ -109,7 +114,8 @@ def pack_weights_kernel(
         row_channel = tl.load(rows_ptr + row_channel, mask=row < row_count, other=-1)
     if columns_ptr is not None:
         column_channel = tl.load(columns_ptr + column_channel, mask=column < column_count, other=-1)
-    known = ((row < row_count) & (row_channel >= 0))[:, None] & ((column < column_count) & (column_channel >= 0))[None, :]
+    known_row, known_column = (row < row_count) & (row_channel >= 0), (column < column_count) & (column_channel >= 0)
+    known = known_row[:, None] & known_column[None, :]
     written = (row < row_count)[:, None] & (column < tl.cdiv(column_count, ROUND) * ROUND)[None, :]
     taps = taps_h * taps_w
     source = w_ptr + row_channel[:, None] * row_stride + column_channel[None, :] * column_stride - group * group_shift
@@ -126,8 +132,8 @@ def pack_weights_kernel(
 class Side:
     """The channels of inputs or outputs as positions, ``width`` in each group; what is None is in order and complete.
 
-    ``channels`` and ``places`` are [groups, width]: the channel at a position, -1 for none, and where it lies in memory,
-    -1 for nowhere. ``counts`` is [groups]: the positions before it have a channel, except for -1 at the end of a list.
+    ``channels`` and ``places`` are [groups, width]: the channel at a position, -1 for none, and where it lies in
+    memory, -1 for nowhere. ``counts`` is [groups]: positions before it have a channel, but for -1 that end a list.
     """
 
     width: int
@@ -180,7 +186,7 @@ def make_side(keep: Tensor | None, channels: int, groups: int, packed: bool) -> 
 
 
 def pack_weights(weight: Tensor, rows: Side, columns: Side, groups: int, turned: bool) -> Tensor:
-    """The weights between two sides, ``[groups, rows.width, taps, columns.width rounded up]``; turned: rows are inputs."""
+    """The weights between two sides, ``[groups, rows.width, taps, columns.width or more]``; turned: rows are inputs."""
     taps, width = weight.shape[2] * weight.shape[3], -(-columns.width // ROUND) * ROUND
     packed = weight.new_empty((groups, rows.width, taps, width))
     if packed.numel() == 0:

@@ -1,9 +1,9 @@
-"""Tiles of the masked convolution, by shape and type of the whole convolution: a mask never changes them. No Triton here.
+"""Tiles of the masked convolution, by the shape and type of the whole one: a mask never changes them. No Triton here.
 
-Each element of a factor is loaded once for every tile of the other factor, mostly from the L2 cache, so that a tile of
-BLOCK_M x BLOCK_N does 2*BLOCK_M*BLOCK_N / ((BLOCK_M + BLOCK_N)*itemsize) operations for a byte of it: tiles are as large
-as registers and the number of programs allow. Channels are rows of the output tile in the gradient of the weight and
-columns otherwise, and a tile that is wider than the kept channels multiplies zeros; so pixels get the longer side.
+Each element of a factor is loaded once for every tile of the other one, mostly from the L2 cache, so that a tile of
+m x n does 2*m*n / ((m + n)*itemsize) operations for a byte of it: tiles are as large as registers and the number of
+programs allow. A tile wider than the kept channels multiplies zeros, so pixels, where they are rows, get the longer
+side. What is gathered in single elements needs registers for as many addresses: its tiles are smaller.
 """
 
 from __future__ import annotations
@@ -42,30 +42,34 @@ def power_between(least: int, number: int, most: int) -> int:
     return max(least, min(most, 1 << max(number - 1, 0).bit_length()))
 
 
-def conv_tile(pixels: int, outputs: int, inputs: int, taps: int, item_size: int) -> Tile:
-    """For the output and the gradient of the input: pixels x outputs of a group, contracted over inputs and taps."""
+def conv_tile(pixels: int, outputs: int, inputs: int, taps: int, item_size: int, unit: int, fused: bool) -> Tile:
+    """For the output and the gradient of the input: pixels x outputs of a group, contracted over inputs and taps.
+
+    Elements come ``unit`` at a time. ``fused``: a scale or a bias for each column has to be held beside the sums.
+    """
     if item_size > 2:  # no tensor cores: exact products and sums on fp32 pipelines
         return Tile(64, power_between(16, outputs, 64), 16 if inputs <= 16 else 32, 4, 3)
-    n = power_between(16, outputs, 128)
-    if is_flat(inputs, taps):
-        return Tile(128, min(n, 64), 32, 4, 2)
-    k = power_between(16, inputs, 64)
+    n, k = power_between(16, outputs, 128), power_between(16, inputs, 64)
+    if unit < 4 or is_flat(inputs, taps):
+        return Tile(128, min(n, 64), 32, 8, 2)
     columns = -(-outputs // n)
-    if pixels // 256 * columns >= FEW_PROGRAMS:
+    if pixels // 256 * columns >= FEW_PROGRAMS and unit == 8 and not (fused and n == 128):
         return Tile(256, n, k, 8, 3)
     if pixels // 128 * columns >= FEW_PROGRAMS // 2:
         return Tile(128, n, k, 8 if n == 128 else 4, 3)
     return Tile(64, n, k, 4, 4)
 
 
-def weight_tile(outputs: int, inputs: int, taps: int, item_size: int) -> Tile:
-    """For the gradient of the weight: outputs x (taps, inputs) of a group, contracted over pixels."""
+def weight_tile(outputs: int, inputs: int, taps: int, item_size: int, unit: int) -> Tile:
+    """For the gradient of the weight: outputs x (taps, inputs) of a group, contracted from pixels, by ``unit``."""
     flat = is_flat(inputs, taps)
+    width = taps * inputs if flat else inputs
     if item_size > 2:
-        return Tile(power_between(16, outputs, 64), power_between(16, taps * inputs if flat else inputs, 64), 16, 4, 3)
-    m = power_between(64, outputs, 128)
-    n = power_between(16, taps * inputs if flat else inputs, 64 if flat else 128)
-    return Tile(m, n, 32 if flat else 64, 8 if m * n == 128 * 128 else 4, 2 if flat else 3)
+        return Tile(power_between(16, outputs, 64), power_between(16, width, 64), 32, 4, 3)
+    if flat or unit < 4:
+        return Tile(64, power_between(16, width, 64), 32, 4, 2)
+    m, n = power_between(64, outputs, 128), power_between(16, width, 128)
+    return Tile(m, n, 64, 8 if m * n == 128 * 128 else 4, 3)
 
 
 def splits_of(tiles: int, pixels: int, block: int) -> tuple[int, int]:

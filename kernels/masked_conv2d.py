@@ -129,10 +129,11 @@ def _launch_conv(
     jumps, steps = (shape.stride, shape.steps) if back else ((1, 1), (1, 1))
     classes = jumps[0] * jumps[1]
     pixels = y.shape[0] * triton.cdiv(y.shape[2], jumps[0]) * triton.cdiv(y.shape[3], jumps[1])
-    tile = _conv_tiles.conv_tile(pixels * classes, outputs, width, shape.taps, item)
+    units = inner.unit(item), outer.unit(item)
+    fused = epilogue[0] is not None or epilogue[1] is not None
+    tile = _conv_tiles.conv_tile(pixels * classes, outputs, width, shape.taps, item, min(units), fused)
     if outer.places is not None and outer.memory != outer.width * groups:
         y.zero_()  # entries of -1 in a packed list are of no group
-    units = inner.unit(item), outer.unit(item)
     grid = (classes * triton.cdiv(pixels, tile.m) * groups * triton.cdiv(outer.width, tile.n),)
     with device_of(a):
         _conv.conv_kernel[grid](
@@ -151,13 +152,13 @@ def _weight_gradient(shape: Shape, flow: Tensor, x: Tensor, weight: Tensor, side
     gw = torch.empty_like(weight)
     if inputs.channels is not None or outputs.channels is not None:
         gw.zero_()
-    tile = _conv_tiles.weight_tile(*widths, shape.taps, item)
+    units = outputs.unit(item), inputs.unit(item)
+    tile = _conv_tiles.weight_tile(*widths, shape.taps, item, min(units))
     flat = _conv_tiles.is_flat(widths[1], shape.taps)
     columns = triton.cdiv(shape.taps * inputs.width, tile.n) if flat else shape.taps * triton.cdiv(inputs.width, tile.n)
     tiles = groups * triton.cdiv(outputs.width, tile.m) * columns
     splits, trips = _conv_tiles.splits_of(tiles, flow.shape[0] * flow.shape[2] * flow.shape[3], tile.k)
     part = x.new_empty((splits, groups, outputs.width, shape.taps, inputs.width), dtype=torch.float32)
-    units = outputs.unit(item), inputs.unit(item)
     window = weight.shape[2:]
     with device_of(x):
         _conv.weight_gradient_kernel[(splits * tiles,)](
