@@ -78,21 +78,12 @@ def masked_conv2d_backward(
     keeps = (keep_in, keep_out)
     values, flow = in_columns(x), in_columns(gradient)
     none = x.new_empty(0)
-    gx, gw = torch.empty_like(x) if needs[0] else none, none
-    result = gx if is_columns(gx) else empty_columns(x, x.shape)
-    depthwise = _is_depthwise(weight, groups)
     sides = None
-    if not depthwise and (needs[0] or needs[1]):
+    if not _is_depthwise(weight, groups) and (needs[0] or needs[1]):
         outputs = make_side(keep_out, weight.shape[0], groups, packed)
         sides = make_side(keep_in, weight.shape[1] * groups, groups, packed), outputs
-    if needs[0] and gx.numel() > 0:
-        if sides is None:
-            epilogue = (None, None, False)
-            _conv_depthwise.launch_depthwise(shape, flow, weight, result, keeps[::-1], packed, epilogue, back=True)
-        else:
-            _launch_conv(shape, flow, weight, result, sides[::-1], (None, None, False), back=True)
-        if result is not gx:
-            gx.copy_(result)
+    gx = _input_gradient(shape, flow, x, weight, keeps, sides, packed) if needs[0] else none
+    gw = none
     if needs[1]:
         if 0 in (flow.numel(), values.numel()):
             gw = torch.zeros_like(weight)
@@ -101,6 +92,27 @@ def masked_conv2d_backward(
         else:
             gw = _weight_gradient(shape, flow, values, weight, sides)
     return gx, gw, _bias_gradient(gradient, weight, keep_out, packed) if needs[2] else none
+
+
+def _input_gradient(
+    shape: Shape,
+    flow: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    keeps: tuple[Tensor | None, Tensor | None],
+    sides: tuple[Side, Side] | None,
+    packed: bool,
+) -> Tensor:
+    """The gradient of x, laid out as it; ``keeps`` and ``sides`` are those of inputs and outputs."""
+    gx = torch.empty_like(x)
+    if gx.numel() == 0:
+        return gx
+    result, epilogue = gx if is_columns(gx) else empty_columns(x, x.shape), (None, None, False)
+    if sides is None:
+        _conv_depthwise.launch_depthwise(shape, flow, weight, result, keeps[::-1], packed, epilogue, back=True)
+    else:
+        _launch_conv(shape, flow, weight, result, sides[::-1], epilogue, back=True)
+    return gx if result is gx else gx.copy_(result)
 
 
 def _is_depthwise(weight: Tensor, groups: int) -> bool:
