@@ -144,14 +144,14 @@ def depthwise_weight_gradient_kernel(
     tl.store(part_ptr + place, tl.sum(total, axis=0), mask=inside)
 
 
-def _common(a: Tensor, y: Tensor, keeps: tuple[Tensor | None, Tensor | None], packed: bool) -> dict:
+def _common(channels: int, a: Tensor, y: Tensor, keeps: tuple[Tensor | None, Tensor | None], packed: bool) -> dict:
     """Keep arguments, their kinds and the tile, for activations a and y, in whose memory their channels lie."""
     kinds = [kind_of(keep, packed) for keep in keeps]
     whole = kinds == [ALL, ALL] or _are_same(keeps, kinds)
     unit = 16 // a.element_size() if whole else 1
     while a.shape[1] % unit:
         unit //= 2
-    across = power_between(16, y.shape[1], 64)
+    across = power_between(16, channels, 64)
     entries = [0 if keep is None else keep.shape[0] for keep in keeps]
     return {
         "keeps": [as_pointer(keep) for keep in keeps],
@@ -181,7 +181,7 @@ def launch_depthwise(
     back: bool,
 ) -> None:
     """Write y from a, [N, C, H, W] with channels side by side; ``keeps`` are those of a and of y."""
-    given = _common(a, y, keeps, packed)
+    given = _common(weight.shape[0], a, y, keeps, packed)
     same = _are_same(keeps, [given["constants"]["A_KIND"], given["constants"]["Y_KIND"]])
     constants = {**given["constants"], **({"A_KIND": SAME} if same else {})}
     pixels, block = y.shape[0] * y.shape[2] * y.shape[3], given["blocks"]["BLOCK_P"]
@@ -198,7 +198,7 @@ def depthwise_weight_gradient(
     shape: Shape, gradient: Tensor, x: Tensor, weight: Tensor, keeps: tuple[Tensor | None, Tensor | None], packed: bool
 ) -> Tensor:
     """The gradient of the weight, laid out as it; ``keeps`` are those of x and of the gradient."""
-    given = _common(x, gradient, keeps, packed)
+    given = _common(weight.shape[0], x, gradient, keeps, packed)
     unit = given["unit"] if given["constants"]["A_KIND"] == ALL else 1
     sizes = [size * given["unit"] // unit for size in given["sizes"][:2]]
     constants, blocks = {**given["constants"], "UNIT": unit}, given["blocks"]

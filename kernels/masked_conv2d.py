@@ -1,4 +1,29 @@
-"""Triton backend of ops.masked_conv2d: its forward and its backward op."""
+"""Triton backend of ops.masked_conv2d: its forward and its backward op.
+
+Computes     y = relu(scale*conv2d(x, weight) + bias) at kept outputs from kept inputs, and the gradients of x, weight
+             and bias between them, as products of gathered matrices (implicit GEMM)         see ops/reference_conv.py
+Shapes       x [N, C_in, H, W], weight [C_out, C_in/groups, R, S], y and gradient [N, C_out, P, Q], packed with the
+             channels of the lists; vectors [C_out]. Masks are bool [C]; lists int64 [K], ascending, any -1 last: packed
+             channels of that name are zeros by definition, and what they hold must be finite
+Strides      x and gradient channels_last without gaps, other ones are copied first; y and gx are laid out as x, gw as
+             weight, by a copy where that isn't channels_last. Any stride, padding, dilation, groups
+Dtypes       x, weight, gradient: one of fp32, fp16, bf16; vectors any. Sums are fp32; products are of fp16 and bf16 on
+             tensor cores, of fp32 in fp32
+Bytes        with X, Y, W those of x, y and weight, of kept channels where packed: forward X + Y + 3W, gradient of x the
+             same, of weight X + Y + 2W + 8 a weight and split; a copy of a layout 2X or 2Y. With masks in dense
+             layouts X and Y are whole, for kept and dropped channels share sectors. From L2 R*S*X*P*Q/(H*W) a tile
+             of 64 or 128 outputs, and W for each of 128 or 256 pixels. Depthwise X + Y + W, the gradient of weight
+             (X + Y)*R*S from L2
+FLOPs        2*N*P*Q*K_out*K_in*R*S/groups for each of the three, K_out and K_in rounded up to tiles. The gradient of x
+             meets only the taps that a stride lets through
+Grid         one program per tile of pixels x outputs; those past the count, which the device alone knows, store zeros.
+             Counts are arguments, in units of up to 16 bytes: a mask compiles nothing
+Launches     forward: weights 1, product 1, and 1 for each mask, for each list of a dense layout or of groups. Backward:
+             as much for gx, 2 for gw and its clearing, bias 1 to 6 of PyTorch's. Depthwise 1, and 3 for gw
+Determinism  yes: no atomics; splits follow from shapes and the length of packed lists
+Error        n*eps32*T + the rounding of the result, for n terms whose sizes add up to T       (tests/gpu/conv_cases.py)
+Source       implicit GEMM: arXiv:1410.0759. Counts on the device, and taps sorted by what a stride lets through: ours
+"""
 
 from __future__ import annotations
 
