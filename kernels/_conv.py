@@ -226,8 +226,8 @@ def weight_gradient_kernel(
 
 @triton.jit(do_not_specialize=FINISH_NUMBERS)
 def finish_weight_gradient_kernel(
-    part_ptr, gw_ptr, rows_ptr, row_counts_ptr, columns_ptr, column_counts_ptr, groups, row_width, column_width,
-    taps_h, taps_w, splits, row_stride, column_stride, h_stride, w_stride, group_shift,
+    part_ptr, gw_ptr, rows_ptr, columns_ptr, groups, row_width, column_width, taps_h, taps_w, splits, row_stride,
+    column_stride, h_stride, w_stride, group_shift,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Store gw[o, c, tap] at its channels = the sum of part over its splits, in order. Grid (tiles,)."""
@@ -238,10 +238,6 @@ def finish_weight_gradient_kernel(
     row = element // column_width // taps % row_width
     group = element // column_width // taps // row_width
     known = element < size
-    if row_counts_ptr is not None:
-        known &= row < tl.load(row_counts_ptr + group, mask=known, other=0)
-    if column_counts_ptr is not None:
-        known &= column < tl.load(column_counts_ptr + group, mask=known, other=0)
     row_channel, column_channel = group * row_width + row, group * column_width + column
     if rows_ptr is not None:
         row_channel = tl.load(rows_ptr + row_channel, mask=known, other=-1)

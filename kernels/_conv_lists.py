@@ -15,6 +15,7 @@ from torch import Tensor
 
 from taylor_cuda.kernels._launch import device_of
 
+LONGEST = 1024  # positions that a program takes at a time
 ROUND = 8  # columns of packed weights: 16 bytes of a 16-bit type
 
 # What a keep argument is to a kernel that looks channels up in it.
@@ -176,7 +177,7 @@ def make_side(keep: Tensor | None, channels: int, groups: int, packed: bool) -> 
     width = channels // groups
     lists = keep.new_empty((2, groups, width), dtype=torch.int64)
     counts = keep.new_empty(groups, dtype=torch.int64)
-    block = min(max(triton.next_power_of_2(width), 16), 1024)
+    block = min(max(triton.next_power_of_2(width), 16), LONGEST)
     with device_of(keep):
         sides_kernel[(groups,)](
             as_pointer(keep), lists[0], lists[1], counts, keep.shape[0], width, KIND=kind_of(keep, packed), BLOCK=block,

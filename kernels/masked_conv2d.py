@@ -19,7 +19,7 @@ FLOPs        2*N*P*Q*K_out*K_in*R*S/groups for each of the three, K_out and K_in
 Grid         one program per tile of pixels x outputs; those past the count, which the device alone knows, store zeros.
              Counts are arguments, in units of up to 16 bytes: a mask compiles nothing
 Launches     forward: weights 1, product 1, and 1 for each mask, for each list of a dense layout or of groups. Backward:
-             as much for gx, 2 for gw and its clearing, bias 1 to 6 of PyTorch's. Depthwise 1, and 3 for gw
+             as much for gx, 2 for gw and its clearing, bias 1 to 9 of PyTorch's. Depthwise 1, and 3 for gw
 Determinism  yes: no atomics; splits follow from shapes and the length of packed lists
 Error        n*eps32*T + the rounding of the result, for n terms whose sizes add up to T       (tests/gpu/conv_cases.py)
 Source       implicit GEMM: arXiv:1410.0759. Counts on the device, and taps sorted by what a stride lets through: ours
@@ -206,8 +206,8 @@ def _weight_gradient(shape: Shape, flow: Tensor, x: Tensor, weight: Tensor, side
         )  # fmt: skip
         outer, inner, *rest = gw.stride()
         _conv.finish_weight_gradient_kernel[(triton.cdiv(part[0].numel(), 64),)](
-            part, gw, outputs.channels, outputs.counts, inputs.channels, inputs.counts, groups, outputs.width,
-            inputs.width, *window, splits, outer, inner, *rest, inner * weight.shape[1],
+            part, gw, outputs.channels, inputs.channels, groups, outputs.width, inputs.width, *window, splits,
+            outer, inner, *rest, inner * weight.shape[1],
             BLOCK_S=32, BLOCK_E=64, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return gw
@@ -226,6 +226,10 @@ def _bias_gradient(gradient: Tensor, weight: Tensor, keep: Tensor | None, packed
         return sums
     if keep.dtype == torch.bool:
         return torch.where(keep, sums, sums.new_zeros(()))
-    place = torch.where(keep >= 0, keep, channels)  # entries of -1 go behind the last channel
-    kept = sums if packed else sums.index_select(0, keep.clamp(min=0))
-    return sums.new_zeros(channels + 1).scatter_(0, place, kept)[:channels]
+    if keep.shape[0] == 0:
+        return sums.new_zeros(channels)
+    names = torch.arange(channels, device=keep.device)
+    ascending = torch.where(keep >= 0, keep, channels)  # entries of -1 behind the last channel
+    rank = torch.searchsorted(ascending, names).clamp(max=keep.shape[0] - 1)
+    kept = sums.index_select(0, rank) if packed else sums
+    return torch.where(ascending.index_select(0, rank) == names, kept, sums.new_zeros(()))
