@@ -9,4 +9,6 @@ MODULE_OF_OP: dict[str, str] = {
     "score_relu_backward": "taylor_cuda.kernels.score_relu_backward",
     "batch_norm_relu_forward": "taylor_cuda.kernels.batch_norm_relu",
     "batch_norm_relu_backward": "taylor_cuda.kernels.batch_norm_relu",
+    "masked_conv2d_forward": "taylor_cuda.kernels.masked_conv2d",
+    "masked_conv2d_backward": "taylor_cuda.kernels.masked_conv2d",
 }

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from taylor_cuda.ops import backends
-from tests.gpu import emulator, resources, sass
+from tests.gpu import conv_launches, emulator, resources, sass
 from tests.ops import inputs
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
@@ -180,6 +180,8 @@ CALLS: dict[str, Callable[[Callable[..., Any]], object]] = {
     "accumulate_channel_sums": lambda op: [
         op(layout("nhwc bf16"), layout("nhwc bf16"), torch.empty(shape, device="meta")) for shape in ((64,), (256, 64))
     ],
+    "masked_conv2d_forward": conv_launches.forward,
+    "masked_conv2d_backward": conv_launches.backward,
 }
 
 
