@@ -169,7 +169,8 @@ def test_modes_end_in_the_same_network(monkeypatch, capsys, tmp_path, straight, 
         assert found[key] == expected[key], key
     for key in ("cut_accuracy", "pruned_accuracy"):
         assert abs(found[key] - expected[key]) <= 0.005, key
-    assert 0 < found["pruned_step_ms"] and 0 < expected["pruned_step_ms"]
+    assert found["pruned_step_ms"] > 0
+    assert expected["pruned_step_ms"] > 0
     values = [load(DigitsResNet(), folder / "model.safetensors").state_dict() for folder in (tmp_path, straight)]
     assert all(value.shape == values[1][name].shape for name, value in values[0].items())
     assert f"mode {mode}" in capsys.readouterr().out
