@@ -87,8 +87,9 @@ EVERY = [
     replace(STRIDED, keep=("list", "list"), packed=True),
     replace(STRIDED, window=(3, 2), stride=(3, 2), dilation=(2, 2), padding=(2, 1), keep=("mask", "mask")),
     replace(STRIDED, window=(2, 2), stride=(4, 3), padding=(0, 0), size=(9, 8)),
-    Case(dilation=(2, 2), padding=(2, 2), size=(7, 5), keep=("list", "mask")),
+    Case(dilation=(1, 2), padding=(1, 2), size=(5, 7), keep=("list", "mask")),
     Case(samples=1, inputs=1, outputs=1, size=(1, 1)),
+    Case(samples=1, inputs=1, outputs=3, layout="nchw"),
     Case(inputs=12, outputs=20, dtype="bf16"),
     Case(inputs=24, outputs=16, dtype="bf16", keep=("list-", "list"), packed=True),
     Case(inputs=24, outputs=16, dtype="fp16", keep=("mask", "list")),
@@ -105,9 +106,11 @@ EVERY = [
     replace(GROUPED, inputs=96, outputs=6, size=(3, 3), keep=("all", "mask")),
     replace(GROUPED, inputs=3, outputs=6),
     DEPTHWISE,
+    replace(DEPTHWISE, size=(9, 7), tiny=True),
     replace(DEPTHWISE, keep=("mask", "list-"), stride=(2, 2), epilogue="bias"),
     replace(DEPTHWISE, keep=("list-", "list"), packed=True, dilation=(2, 1), padding=(2, 1)),
     replace(DEPTHWISE, keep=("same", "same"), packed=True, stride=(2, 3), size=(8, 7)),
+    replace(DEPTHWISE, keep=("same", "same, cut"), packed=True),
     replace(DEPTHWISE, keep=("list-", "all"), packed=True, dtype="bf16"),
     replace(DEPTHWISE, keep=("none", "all"), layout="nchw", inputs=70, outputs=70, groups=70),
     replace(DEPTHWISE, keep=("all", "list"), wide=True, dtype="fp16"),
@@ -115,7 +118,7 @@ EVERY = [
 
 
 def keep_of(kind: str, channels: int, generator: torch.Generator, device: str) -> Tensor | None:
-    """A mask or a keep list, or None; of "same" each call with a new generator gives the same."""
+    """A mask or a keep list, or None."""
     if kind == "all":
         return None
     order = torch.randperm(channels, generator=generator)
@@ -177,8 +180,8 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
         keep_of(kind, channels, torch.Generator().manual_seed(seed + (0 if kind == "same" else i)), device)
         for i, (kind, channels) in enumerate(zip(case.keep, (case.outputs, case.inputs), strict=True))
     ]
-    if case.keep == ("same", "same"):
-        keeps[1] = keeps[0]
+    if case.keep[0] == "same" and keeps[0] is not None:
+        keeps[1] = keeps[0][:7] if "cut" in case.keep[1] else keeps[0]
     counts = [
         keep.shape[0] if case.packed and keep is not None else channels
         for keep, channels in zip(keeps, (case.outputs, case.inputs), strict=True)
@@ -293,6 +296,34 @@ def check_nameless(ops: SimpleNamespace, case: Case) -> list[str]:
     ]
 
 
+def check_skips(ops: SimpleNamespace) -> list[str]:
+    """Of three tiles of outputs, or of inputs, one is loaded where the device knows that it alone is kept: tiny tiles."""
+    from taylor_cuda.kernels import _conv
+
+    loaded, gathered, problems = [0], _conv._gathered, []
+
+    def counted(*arguments: Any, **others: Any) -> Any:
+        loaded[0] += 1
+        return gathered(*arguments, **others)
+
+    x, weight = torch.ones(1, 48, 3, 3), torch.ones(48, 48, 1, 1)
+    one = torch.arange(48) % 3 == 0
+    needs = {"gx": [True, False, False], "gw": [False, True, False]}
+    wanted = {"y": (9, 3, 3), "gx": (9, 3, 3), "gw": (6, 3, 2)}  # tiles of gw have 32 outputs
+    _conv._gathered = counted
+    for i, keeps in enumerate(((None, None), (one, None), (None, one))):
+        common = (*keeps, [1, 1], [0, 0], [1, 1], 1, False)
+        for name, counts in wanted.items():
+            loaded[0] = 0
+            if name == "y":
+                ops.forward(x, weight, None, *common, None, False)
+            else:
+                ops.backward(x, x, weight, *common, needs[name])
+            problems += [] if loaded[0] == counts[i] else [f"{name}, {i}: {loaded[0]} tiles loaded, not {counts[i]}"]
+    _conv._gathered = gathered
+    return problems
+
+
 def triton_ops() -> SimpleNamespace:
     """The two ops of taylor_cuda.kernels."""
     from taylor_cuda.kernels import masked_conv2d as kernels
@@ -314,15 +345,17 @@ MORE: dict[str, Callable[[SimpleNamespace], list[str]]] = {
 
 def interpreted() -> dict[str, list[str]]:
     """What is wrong, by case."""
-    from taylor_cuda.kernels import _conv_lists, _conv_shape, _conv_tiles
+    from taylor_cuda.kernels import _conv_depthwise, _conv_lists, _conv_shape, _conv_tiles
 
     ops, problems = triton_ops(), {}
     table, narrow, longest = dict(vars(_conv_tiles)), _conv_shape.NARROW, _conv_lists.LONGEST
+    programs = _conv_depthwise.TARGET_PROGRAMS
     tiny = _conv_tiles.Tile(32, 16, 16, 4, 1)
     small = {"conv_tile": lambda *_: tiny, "weight_tile": lambda *_: tiny, "splits_of": _splits_of_two}
     for case in EVERY:
         vars(_conv_tiles).update(small if case.tiny else {name: table[name] for name in small})
         _conv_lists.LONGEST = 16 if case.tiny else longest
+        _conv_depthwise.TARGET_PROGRAMS = 9 if case.tiny else programs  # of nine taps: two splits
         _conv_shape.NARROW = 0 if case.wide else narrow
         try:
             problems[case.name] = check(ops, case, twice=case.tiny)
@@ -330,6 +363,7 @@ def interpreted() -> dict[str, list[str]]:
             problems[case.name] = [traceback.format_exc()]
     vars(_conv_tiles).update(small)
     _conv_shape.NARROW = narrow
+    problems["skips"] = check_skips(ops)
     return problems | {name: run(ops) for name, run in MORE.items()}
 
 
