@@ -32,7 +32,7 @@ class _MaskedConv2d(torch.autograd.Function):
     ) -> Tensor:
         y: Tensor = library.masked_conv2d_forward(x, weight, bias, keep_out, keep_in, *geometry, scale, relu)
         ctx.save_for_backward(x, weight, keep_out, keep_in, scale, y if relu else None)
-        ctx.geometry, ctx.bias_dtype = geometry, None if bias is None else bias.dtype
+        ctx.geometry = geometry
         return y
 
     @staticmethod
@@ -54,7 +54,7 @@ class _MaskedConv2d(torch.autograd.Function):
         return (
             gx if needs[0] else None,
             gw if needs[1] else None,
-            gb.to(ctx.bias_dtype) if needs[2] else None,
+            gb if needs[2] else None,
             *(None,) * 5,
         )
 
@@ -144,6 +144,8 @@ def masked_conv2d(
     steps, rates = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
     images, margins = _padded(images, weight, padding, steps, rates)
     _check_filter_fits(images, weight, margins, rates)
+    if torch.compiler.is_compiling() and keep_in is not None and keep_in is keep_out:
+        keep_in = keep_in.view_as(keep_in)  # the compiler takes no tensor twice
     geometry = (steps, margins, rates, groups, packed)
     y: Tensor = _MaskedConv2d.apply(images, weight, bias, keep_out, keep_in, geometry, scale, relu)
     return y if x.dim() == 4 else y.squeeze(0)

@@ -60,6 +60,9 @@ class Case:
         masks = (self.keep_out, self.keep_in)
         if not self.listed:
             return masks
+        if self.keep_in is self.keep_out and self.keep_in is not None:
+            (both,) = tc.keep_lists([self.keep_in], self.round_to)
+            return both, both
         lists = iter(tc.keep_lists([mask for mask in masks if mask is not None], self.round_to))
         return next(lists) if masks[0] is not None else None, next(lists) if masks[1] is not None else None
 

@@ -121,6 +121,23 @@ def test_compiles_as_one_graph(engine: str, listed: bool) -> None:
             torch.testing.assert_close(*(torch.autograd.grad(each, given) for each in losses))
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("listed", [False, True])
+def test_one_mask_for_both_sides_compiles(groups: int, listed: bool) -> None:
+    """And gradients have the dtypes of what they are of, where a bias is wider than the rest."""
+    torch._dynamo.reset()
+    (keep,) = tc.keep_lists([OUT]) if listed else [OUT]
+    x, weight, _ = leaves(groups, torch.bfloat16)
+    bias = torch.zeros(4, requires_grad=True)
+    compiled = torch.compile(tc.masked_conv2d, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (tc.masked_conv2d, compiled):
+        y = run(x, weight, bias, keep, keep, groups=groups)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), (x, weight, bias))])
+        assert [each.dtype for each in results[-1]] == [*[torch.bfloat16] * 3, torch.float32]
+    torch.testing.assert_close(*results)
+
+
 def test_another_mask_compiles_nothing() -> None:
     torch._dynamo.reset()
     graphs: list[Any] = []
