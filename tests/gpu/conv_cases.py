@@ -297,7 +297,7 @@ def check_nameless(ops: SimpleNamespace, case: Case) -> list[str]:
 
 
 def check_skips(ops: SimpleNamespace) -> list[str]:
-    """Of three tiles of outputs, or of inputs, one is loaded where the device knows that it alone is kept."""
+    """Of three tiny tiles of outputs, or of inputs, one is loaded where the device knows that it alone is kept."""
     from taylor_cuda.kernels import _conv
 
     loaded, gathered, problems = [0], _conv._gathered, []
