@@ -109,6 +109,7 @@ def test_counts_that_are_rounded_up_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -
             torch.testing.assert_close(each, torch.zeros_like(like) if other is None else other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @each_engine
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("padding", ["same", "valid", 2, (1, 0), [2], (0, 3)], ids=str)
