@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ class TrainingStep:
         memory_format = torch.channels_last if options.cuda else torch.contiguous_format
         self.model.to(device=options.device).to(memory_format=memory_format)
         self.optimizer = torch.optim.SGD(self.model.parameters(), RATE, momentum=0.9, foreach=True)
+        self.precise = False
+        """In float32 throughout, to be compared: in 16 bits, rounding alone turns the gradients of a deep network."""
         self.x = images(batch, size, options.device).contiguous(memory_format=memory_format)
         self.y = labels(batch, options.device)
         self.forward: Callable[[Tensor], Tensor] = self.model
@@ -77,9 +80,11 @@ class TrainingStep:
         self.optimizer.zero_grad()
         for gate in self.gates:
             gate.grad = None
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.options.cuda):
-            loss = nn.functional.cross_entropy(self.forward(self.x), self.y)
-        loss.backward()
+        exact = torch.backends.cudnn.flags(allow_tf32=False) if self.precise else nullcontext()
+        with exact:
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.options.cuda and not self.precise):
+                loss = nn.functional.cross_entropy(self.forward(self.x), self.y)
+            loss.backward()
         if estimator is not None:
             with torch.profiler.record_function("scoring"):
                 estimator.update()

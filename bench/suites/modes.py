@@ -40,7 +40,8 @@ class Modes:
 
     Every network starts from the same weights and has the same masks. The first step of each mode has to move what is
     kept as the masked network's does and to leave the rest alone; a cut network is compared with the masked one, cut
-    after its step. On a GPU, 16-bit rounding in another order may turn a fifth of that movement; on a CPU a hundredth.
+    after its step. Rounding in another order may turn a hundredth of that movement, in float32, in which that step is
+    made on a GPU too: bfloat16 turned eight tenths of ResNet-50's, the cut and the compact network's alike.
 
     Args:
         fresh: makes a network with its optimizer, and its groups.
@@ -49,13 +50,13 @@ class Modes:
 
     def __init__(self, fresh: Callable[[], TrainingStep], options: Options) -> None:
         self.fresh, self.options = fresh, options
-        reference = fresh()
+        reference = self._precise()
         self.keep = half_of(reference.groups)
         start = reference.flat_parameters()
         with masked(reference.model, reference.groups, self.keep):
             reference()
         masked_end = reference.flat_parameters()
-        begin, dense = fresh(), fresh()
+        begin, dense = fresh(), self._precise()
         dense()
         for step in (begin, reference):
             cut(step.model, step.groups, self.keep, verify=False)
@@ -66,10 +67,15 @@ class Modes:
             "cut": (begin.flat_parameters(), reference.flat_parameters()),
         }
 
+    def _precise(self) -> TrainingStep:
+        step = self.fresh()
+        step.precise = True
+        return step
+
     def provider(self, mode: str) -> Provider:
         """The step of one mode, or the ``"dense"`` one."""
         before = self._memory()
-        step = self.fresh()
+        step = self._precise()
         context: Callable[[], AbstractContextManager[None]] = nullcontext
         if mode == "mask":
             context = partial(masked, step.model, step.groups, self.keep)
@@ -78,9 +84,10 @@ class Modes:
         elif mode == "compact":
             compact(step.model, step.groups, self.keep)
         start, moved = self.moved[mode]
-        allowed = (0.2 if self.options.cuda else 1e-2) * float((moved - start).norm())
+        allowed = 1e-2 * float((moved - start).norm())
 
         def check(_loss: Tensor, _index: int) -> float:
+            step.precise = False  # from here on as it is timed
             return float((step.flat_parameters() - moved).norm()) / allowed
 
         note = "all channels" if mode == "dense" else "half of every group"
