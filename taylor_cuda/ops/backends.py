@@ -225,7 +225,7 @@ def _order_of_masked_conv2d(op: str, device: str, call: Sequence[Any]) -> tuple[
     weight = call[1] if op == "masked_conv2d_forward" else call[2]
     keeps, groups, packed = call[3:5], call[8], call[9]
     if device == "cuda":
-        # On an H200, bf16 channels_last, batch 256, half kept, shapes of ResNet-50 (run 1a5b09a9ab84): cuDNN on what was
+        # H200, bf16 channels_last, batch 256, half kept, shapes of ResNet-50 (run 1a5b09a9ab84): cuDNN on what was
         # gathered takes 0.44 to 1.0 of the time of the dense convolution with masks, and that 0.06 to 0.74 of the
         # time of the implicit GEMM. But of a mask, cuDNN's sizes would have to be asked for, with a wait in every call.
         has_mask = any(keep is not None and keep.dtype == torch.bool for keep in keeps)
