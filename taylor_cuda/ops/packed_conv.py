@@ -22,8 +22,7 @@ from taylor_cuda.ops import backends, reference
 from taylor_cuda.ops.keep import Channels, entries_of
 from taylor_cuda.ops.reference_conv import kept_mask, strides_laid_as
 
-CUDNN_ALIGNMENT = 8  # cuDNN copies tensors whose channels are no multiple of it
-CUDNN_CHANNELS = 16  # and its tiles are this wide
+CUDNN_CHANNELS = 16  # cuDNN copies tensors whose channels are no multiple of 8, and its tiles are 16 wide
 
 
 class _Packing(NamedTuple):
@@ -112,32 +111,10 @@ def _packing(
             return _packing_of_channels(x, groups, keep_out, keep_in, packed, rounded)
         return _packing_of_groups(x, weight, keep_out, keep_in, groups, packed)
     rows, columns = (_as_list(keep, rounded) for keep in (keep_out, keep_in))
-    places = None if packed else columns
-    if groups == 1 and _is_aligned(x):
-        columns, places = (
-            _aligned(keep, size, x.device) for keep, size in ((columns, weight.shape[1]), (places, x.shape[1]))
-        )
     outputs = weight.shape[0] if rows is None else rows.shape[0]
     inputs = weight.shape[1] if columns is None else columns.shape[0]
-    return _Packing(places, columns, rows, rows, None if packed else rows, groups, (outputs, inputs))
-
-
-def _aligned(keep: Tensor | None, channels: int, device: torch.device) -> Tensor | None:
-    """A list, of all channels for None, filled up with -1 to a multiple of 8.
-
-    Of other counts cuDNN has but slow kernels: a ResNet's first convolution, of 3 channels, took it more than a quarter
-    of the time of all 53.
-    """
-    count = channels if keep is None else keep.shape[0]
-    missing = -count % CUDNN_ALIGNMENT
-    if not missing or not count:
-        return keep
-    return F.pad(torch.arange(channels, device=device) if keep is None else keep, (0, missing), value=-1)
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """Whether the device has slow convolutions for other counts of input channels than multiples of 8."""
-    return x.is_cuda and x.dtype.itemsize == 2
+    counts = (outputs, inputs)
+    return _Packing(None if packed else columns, columns, rows, rows, None if packed else rows, groups, counts)
 
 
 def _is_rounded(x: Tensor, packed: bool) -> bool:
