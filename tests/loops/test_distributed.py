@@ -70,6 +70,8 @@ def stays_one_model(rank: int, **options: Any) -> None:
             cut_at.append(i)
         check_same(model, f"step {i}")
     assert cut_at == [3, 7]
+    pruner.finish()
+    check_same(model, "the end")
     assert sum(model.widths()) <= 18
     assert calls.count(0) == 2 * 58
     assert wrapper.gradient_as_bucket_view
@@ -194,6 +196,9 @@ def resumes(rank: int) -> None:
 CASES: dict[str, Callable[[int], None]] = {
     "parameters": stays_one_model,
     "activations": lambda rank: stays_one_model(rank, source="activations"),
+    "compact": lambda rank: stays_one_model(rank, mode="compact"),
+    "compact, activations": lambda rank: stays_one_model(rank, mode="compact", source="activations"),
+    "mask": lambda rank: stays_one_model(rank, mode="mask"),
     "scores": scores_are_those_of_the_whole_batch,
     "plans": ranks_that_would_cut_differently_raise,
     "failure": a_failure_on_one_rank_reaches_the_other,
