@@ -148,7 +148,6 @@ class Pruner:
         self.prunes = 0
         self.finished = False
         self._skipped = 0
-        self._changed = 0
         self.history: list[dict[str, Any]] = []
 
     @property
@@ -194,8 +193,7 @@ class Pruner:
             InputError: no scores were taken, or the last backward pass had ``accumulate=True``.
             TaylorError: ranks would cut differently, or a cut failed on another rank.
         """
-        self._changed += 1
-        self._execution.check_reached(self._changed)
+        self._execution.check_reached()
         if self.done:
             return None
         if self.importance.accumulating:
@@ -250,7 +248,6 @@ class Pruner:
             return
         with self._replicas.together("the cut"):
             self._execution.carry_out(keep, verify)
-        self._changed = 0
         if self._execution.scores_shrink:
             self.importance.keep(dict(keep))
         if self.mode == "cut":

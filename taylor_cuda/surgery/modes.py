@@ -79,8 +79,8 @@ class Execution:
         """The scores of the units that are left, out of those of ``scored``."""
         return dict(scores)
 
-    def check_reached(self, steps: int) -> None:
-        """Raise unless the ``steps`` steps since the last change ran without the units that are gone."""
+    def check_reached(self) -> None:
+        """Raise unless the model ran without the units that are gone since the last of them went."""
 
 
 class Holding(Execution, ABC):
@@ -154,9 +154,9 @@ class Holding(Execution, ABC):
             return dict(scores)
         return {name: score[self.left[name].to(score.device)] for name, score in scores.items()}
 
-    def check_reached(self, steps: int) -> None:
+    def check_reached(self) -> None:
         """See ``Execution``."""
-        if steps and self._running is not None and not self._running.forwards:
+        if self._running is not None and not self._running.forwards:
             raise InputError(
                 "model: no forward pass went through it since channels were left out, so they are still there; call "
                 "the module that the pruner was given, or what torch.compile or DistributedDataParallel made of it"

@@ -73,6 +73,8 @@ def test_same_masks_same_losses_same_network(mode, criterion, cut_runs):
     assert (output - expected.end()).abs().max() <= 1e6 * EPS * output.abs().max()
     assert run.pruner.cost == expected.pruner.cost
     assert run.pruner.groups.sizes() == expected.pruner.groups.sizes()
+    scores = run.pruner.importance.scores()
+    assert {name: score.numel() for name, score in scores.items()} == run.pruner.groups.sizes()
 
 
 @pytest.mark.parametrize("mode", HELD)
