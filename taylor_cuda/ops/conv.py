@@ -88,7 +88,8 @@ def masked_conv2d(
     where a row or a column is dropped: the parameters stay where an optimizer updates them, and a channel may come back
     at any step. A NaN in a dropped channel, of any argument or of the gradient, does not leave it.
 
-    How many channels a mask on a GPU keeps has to be known on the host before a library can convolve them;
+    How many channels a mask on a GPU keeps has to be known on the host before a library can convolve them: with masks
+    there, the whole convolution runs, and its result is masked, which waits for nothing and saves nothing.
     ``keep_lists`` makes lists of all masks of a network in one read. With lists nothing waits for the device, unless
     the convolution is grouped and not depthwise: there nothing waits for those of ``keep_lists``, except in a compiled
     graph. A list from elsewhere is looked at when it first comes. Of a grouped convolution, groups without a kept
