@@ -80,19 +80,22 @@ TAYLOR_HD MappedTile mapped_tile(const MappedItem& item, int32_t unit) {
 // From the outer places that a thread copies together to its next ones: kUnroll of them, tile.down apart.
 TAYLOR_HD int32_t rows_together(const MappedTile& tile) { return kUnroll * tile.down; }
 
-// The position of `place` among ascending entries, or -1. What is negative counts as larger than every place, so that
-// entries of -1 at the end are in order.
+// The position of `place` among entries, or -1. They ascend but for negative ones, which may be anywhere: of those in the
+// middle, the next one that isn't decides.
 TAYLOR_HD int32_t position_of(const int64_t* entries, int32_t count, int32_t place) {
   int32_t low = 0, high = count;
   while (low < high) {
     const int32_t middle = (low + high) / 2;
-    if (static_cast<uint64_t>(entries[middle]) < static_cast<uint64_t>(place)) {
-      low = middle + 1;
+    int32_t at = middle;
+    while (at < high && entries[at] < 0) ++at;
+    if (at < high && entries[at] == place) return at;
+    if (at < high && entries[at] < place) {
+      low = at + 1;
     } else {
       high = middle;
     }
   }
-  return low < count && entries[low] == place ? low : -1;
+  return -1;
 }
 
 // Where a place of the walked tensor is in the other one, -1 for nowhere. `count` is the other tensor's.

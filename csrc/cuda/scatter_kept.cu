@@ -8,11 +8,12 @@
 // Dtypes       fp32, fp16, bf16, fp64 in one list; v_i is cast to t_i's, rounded to nearest even
 // Bytes        v_i read; t_i written, once (without `clear` only what is kept: the sectors in which it lies)
 // Launches     1 for up to 400 tensors of any types, 1 more for each further 400, and those copies (a target's also
-// back) Determinism  yes: each element has one writer; blocks follow from shapes, types and alignment Lists        read
-// on the device only. With `clear` a thread looks its place up by binary search, once for its share of
-//              the rows, for which entries must ascend, as a keep list's do (negative ones count as the largest); one
-//              that is not among its dimension's is left out. Without, it writes to where it points: the caller's
-//              fault
+//              back)
+// Determinism  yes: each element has one writer; blocks follow from shapes, types and alignment
+//
+// Lists are read on the device only. With `clear` a thread looks its place up by binary search, once for its share of
+// the rows, for which entries must ascend, but for negative ones anywhere; one that is not among its dimension's is left
+// out. Without, it writes to where it points: the caller's fault.
 
 #include "mapped_pair.cuh"
 #include "mapped_types.cuh"

@@ -8,10 +8,9 @@
 // Bytes        N*L*K*sizeof x read, N*L*channels*sizeof x written, once
 // Launches     1; 1 more for an x with gaps
 // Determinism  yes: each element of y has one writer
-// Lists        read on the device only. A thread looks its channel up by binary search, once for its share of the
-// batch, for
-//              which entries must ascend, as a keep list's do (negative ones count as the largest). An entry of
-//              `channels` or more is left out
+//
+// The list is read on the device only. A thread looks its channel up by binary search, once for its share of the batch,
+// for which entries must ascend, but for negative ones anywhere. An entry of `channels` or more is left out.
 
 #include "mapped_pair.cuh"
 

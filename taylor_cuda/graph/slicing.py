@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, Role, named_tensors
+from taylor_cuda.ops.reference_conv import strides_laid_as
 
 __all__ = [
     "Sliced",
@@ -92,24 +93,10 @@ def slice_tensor(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
         result = result.index_select(dim, positions.to(tensor.device))
     if tensor.layout != torch.strided:
         return result
-    strides = _strides_like(tensor, result.shape)
+    strides = tuple(strides_laid_as(tensor, result.shape))
     if result.stride() == strides:
         return result
     return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
-
-
-def _strides_like(tensor: Tensor, shape: torch.Size) -> tuple[int, ...]:
-    """Strides of a dense tensor of ``shape`` with its dimensions in the order in memory of those of ``tensor``.
-
-    ``is_contiguous(memory_format=…)`` can't tell the formats of a 1×1 or a depthwise weight apart; their strides do,
-    once dimensions of length 1 count as the inner one of two with equal stride.
-    """
-    inner_first = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d] > 1, -d))
-    strides, step = [0] * tensor.dim(), 1
-    for d in inner_first:
-        strides[d] = step
-        step *= shape[d]
-    return tuple(strides)
 
 
 def _moved(member: Member, kept_units: Tensor, keeps: Keeps) -> Member:

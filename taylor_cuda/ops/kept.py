@@ -15,7 +15,7 @@ def gather_kept(
 ) -> list[Tensor]:
     """The kept rows (dimension 0) and columns (dimension 1) of every tensor, in one launch.
 
-    A list of kept positions is ascending and distinct, and may end in -1 entries, each of which stands for zeros.
+    A list of kept positions is ascending and distinct, and may have -1 anywhere, each of which stands for zeros.
     ``keep`` holds all lists, one after another: the rows of ``tensors[i]`` from ``bounds[2 * i]`` up to
     ``bounds[2 * i + 1]``, its columns from there up to ``bounds[2 * i + 2]``. A list without entries keeps all.
 

@@ -1,7 +1,8 @@
 """The definitions of the ops on kept channels, in plain PyTorch: see ``reference``, of which they are a part.
 
-A keep list is int64 ``[K]``, on its tensor's device: the positions that are kept, ascending and distinct, and after
-them perhaps some -1, each of which stands for a channel of zeros. Lists of a length that hardware likes are made so.
+A keep list is int64 ``[K]``, on its tensor's device: the positions that are kept, ascending and distinct, and anywhere
+among them perhaps some -1, each of which stands for a channel of zeros. Lists of a length that hardware likes are made
+so.
 """
 
 from __future__ import annotations

@@ -102,6 +102,7 @@ LISTS: dict[str, Callable[[list[int], int], list[int]]] = {
     "first and last": lambda half, n: sorted({0, n - 1}) if n else [-1],
     "all, and none": lambda half, n: [*range(n), -1],
     "none": lambda half, n: [-1, -1],
+    "nones among half": lambda half, n: [entry for i, each in enumerate(half) for entry in [-1] * (i % 3) + [each]],
 }
 
 
@@ -133,6 +134,7 @@ KINDS: list[tuple[str | None, str | None]] = [
     ("all", "half"),
     ("none", "half"),
     (None, None),
+    ("nones among half", "nones among half"),
 ]
 
 

@@ -88,6 +88,22 @@ def test_zeros_fill_the_tiles_and_change_nothing() -> None:
     assert keep["stem"].numel() == 21
 
 
+def test_gradients_where_zeros_run_among_kept_channels() -> None:
+    model, x, y = start()
+    groups = tc.trace(model, x[:2])
+    keep = random_keep(groups)
+    small, its_groups = copy.deepcopy(model), copy.deepcopy(groups)
+    tc.cut(small, its_groups, keep)
+    tc.compact(model, groups, keep, round_to=16)
+    for one in (model, small):
+        F.cross_entropy(one(x), y).backward()
+    expected = small.a.weight.grad
+    whole = torch.zeros_like(model.a.weight)
+    whole[keep["a"][:, None].cuda(), keep["stem"].cuda()] = expected
+    assert (model.a.weight.grad - whole).abs().max() <= 1e-4 * expected.abs().max()
+    assert not model.a.weight.grad[whole == 0].any()
+
+
 def test_a_step_waits_for_nothing() -> None:
     model, x, y = start()
     groups = tc.trace(model, x[:2])
