@@ -80,8 +80,8 @@ TAYLOR_HD MappedTile mapped_tile(const MappedItem& item, int32_t unit) {
 // From the outer places that a thread copies together to its next ones: kUnroll of them, tile.down apart.
 TAYLOR_HD int32_t rows_together(const MappedTile& tile) { return kUnroll * tile.down; }
 
-// The position of `place` among entries, or -1. They ascend but for negative ones, which may be anywhere: of those in the
-// middle, the next one that isn't decides.
+// The position of `place` among entries, or -1. They ascend but for negative ones, which may be anywhere: of those in
+// the middle, the next one that isn't decides.
 TAYLOR_HD int32_t position_of(const int64_t* entries, int32_t count, int32_t place) {
   int32_t low = 0, high = count;
   while (low < high) {

@@ -12,8 +12,8 @@
 // Determinism  yes: each element has one writer; blocks follow from shapes, types and alignment
 //
 // Lists are read on the device only. With `clear` a thread looks its place up by binary search, once for its share of
-// the rows, for which entries must ascend, but for negative ones anywhere; one that is not among its dimension's is left
-// out. Without, it writes to where it points: the caller's fault.
+// the rows, for which entries must ascend, but for negative ones anywhere; one that is not among its dimension's is
+// left out. Without, it writes to where it points: the caller's fault.
 
 #include "mapped_pair.cuh"
 #include "mapped_types.cuh"
