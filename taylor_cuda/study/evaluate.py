@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from taylor_cuda.errors import InputError
 from taylor_cuda.graph.groups import Groups
 from taylor_cuda.graph.observe import tolerance
 from taylor_cuda.graph.recorder import copy_model
@@ -40,8 +41,7 @@ class Evaluator:
 
     Attributes:
         base: float64 scalar, the loss with nothing removed but what is ``off``.
-        macs: products computed so far; only what was recorded is counted.
-        passes: whole forward passes so far.
+        macs: products computed so far; those of whole passes are counted where one was recorded.
     """
 
     def __init__(self, model: nn.Module, groups: Groups, loss_fn: LossFn, memory: int | None = None) -> None:
@@ -53,7 +53,7 @@ class Evaluator:
         self._checked: set[str] = set()
         self._off: dict[str, Tensor] = {}
         self.base = torch.zeros(())
-        self.macs = self.passes = 0
+        self.macs = 0
         try:
             self._twin = copy_model(model).eval()
         except Exception as error:
@@ -83,6 +83,8 @@ class Evaluator:
             try:
                 self._recording = record(self._twin, self._groups, self._loss_fn, batch, keep)
                 self._parts = {name: part_after(self._recording, self._groups[name], count) for name in fast}
+            except InputError:  # the arguments are at fault, not the way they are used
+                raise
             except Exception as error:
                 self._recording, self._parts = None, {}
                 self._go_whole(self._groups.sizes(), f"{type(error).__name__}: {error}")
@@ -146,10 +148,10 @@ class Evaluator:
         for name, row in units.items():
             drop = drops.setdefault(name, torch.zeros(self._groups[name].size, dtype=torch.bool))
             drop[row] = True
-        self.passes += 1
+        self.macs += 0 if self._recording is None else self._recording.macs
         return loss_without(self._model, self._groups, self._loss_fn, self._batch, drops).double()
 
     def _equal(self, found: Tensor, expected: Tensor) -> bool:
         """Equal to rounding, or not finite in the same way."""
-        bound = tolerance(self._model.parameters()) * max(1.0, abs(float(expected)))
+        bound = tolerance(self._model.parameters()) * max(0.1, abs(float(expected)), abs(float(self.base)))
         return bool(torch.isclose(found, expected, rtol=0, atol=bound, equal_nan=True))
