@@ -31,6 +31,7 @@ _LIBRARY.define("mark(Tensor x, int place) -> Tensor")
 _LIBRARY.impl("mark", lambda x, place: x.clone(), "CompositeExplicitAutograd")
 _mark: Callable[[Tensor, int], Tensor] = torch.ops.taylor_cuda_study.mark.default
 _LOSS = -1
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _aten = torch.ops.aten
 
 
@@ -181,16 +182,16 @@ class _Ops(TorchDispatchMode):
         macs = self._flops[packet](*args, **kwargs, out_val=out) // 2 if packet in self._flops else 0
         self.recording.macs += macs
         leaves, spec = tree_flatten((args, kwargs))
-        self._note(func, tuple(self._ref(leaf) for leaf in leaves), spec, out, macs)
+        self._note(func, (args, kwargs), tuple(self._ref(leaf) for leaf in leaves), spec, out, macs)
         return out
 
-    def _note(self, func: Any, flat: tuple[Any, ...], spec: TreeSpec, out: Any, macs: int = 0) -> None:
+    def _note(self, func: Any, given: Inputs, flat: tuple[Any, ...], spec: TreeSpec, out: Any, macs: int = 0) -> None:
         """Add an op, if it reads a value."""
         inputs = frozenset(leaf.value for leaf in flat if isinstance(leaf, Ref))
         if not inputs or self.over:
             return
         results = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
-        _check(func, *tree_unflatten(flat, spec), results)
+        _check(func, *given, results)
         outputs = tuple(self._new(tensor) for tensor in results)
         self.recording.nodes.append(Node(func, flat, spec, inputs, outputs, macs))
 
@@ -221,7 +222,7 @@ class _Ops(TorchDispatchMode):
         if fresh is None and any(isinstance(leaf, Ref) for leaf in flat):
             raise UnrecordableError(f"{func} has no form that changes nothing")
         out = func(*args, **kwargs)
-        self._note(fresh, flat, spec, target)
+        self._note(fresh, (args, kwargs), flat, spec, target)
         return out
 
     def _marked(self, x: Tensor, place: int) -> Tensor:
