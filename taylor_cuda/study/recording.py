@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from taylor_cuda.errors import TaylorError
 from taylor_cuda.graph.groups import Groups, named_tensors
-from taylor_cuda.graph.mask import MaskedForward
+from taylor_cuda.graph.mask import MaskedForward, position_masks
 from taylor_cuda.graph.observe import reader_weights
 from taylor_cuda.graph.recorder import copied
 from taylor_cuda.graph.sites import READER_FUNCTIONS
@@ -73,7 +73,7 @@ class Node:
         return args, kwargs
 
 
-@dataclass
+@dataclass(eq=False)
 class Span:
     """The call of a reader or of a normalisation.
 
@@ -272,6 +272,7 @@ class _Marking(MaskedForward):
         self._name_of = {id(tensors[name]): name for name in reader_weights(groups)}
         norms = {member.tensor for group in groups for member in group.role("norm")}
         self._norm_name = {id(tensors[name]): name for name in norms}
+        self._base = position_masks(model, groups, keep, "norm")
         self._ops = ops
         self._entered: Span | None = None
 
@@ -300,14 +301,11 @@ class _Marking(MaskedForward):
         self, func: Any, input: Tensor, shape: Any, vectors: tuple[Tensor | None, ...], eps: float | None
     ) -> Tensor:
         weight = next((vector for vector in vectors if vector is not None), None)
-        name, kept = self._norm_name.get(id(weight)), self._norm.get(id(weight))
-        base: Tensor | None = None
-        if kept is not None:
-            base = torch.zeros(shape, dtype=torch.bool, device=input.device).index_fill(0, kept, True)
-        span = None if name is None else Span("norm", name, input.dim() - 1, func, (vectors, eps), base=base)
-        x = input if span is None else self._enter(span, input)
-        y = super()._normalised(func, x, shape, vectors, eps)
-        return y if span is None else self._leave(span, y)
+        name = self._norm_name.get(id(weight))
+        if name is None:
+            return super()._normalised(func, input, shape, vectors, eps)
+        span = Span("norm", name, input.dim() - 1, func, (vectors, eps), base=self._base.get(name))
+        return self._leave(span, super()._normalised(func, self._enter(span, input), shape, vectors, eps))
 
 
 def record(model: nn.Module, groups: Groups, loss_fn: LossFn, batch: Batch, keep: Mapping[str, Tensor]) -> Recording:

@@ -57,6 +57,26 @@ def test_every_kind_of_network_in_float64(name: str):
     assert max(float(change.abs().max()) for change in found.values()) > 1e-6
 
 
+@pytest.mark.parametrize("name", ["residual", "concat", "layer_norm", "rms_norm", "shared", "flatten", "open_heads"])
+def test_two_units_at_once_with_others_off(name: str):
+    """What the greedy and the combinatorial oracle ask for; ``off`` includes units of the same and of other groups."""
+    model, x, groups = traced(name)
+    off = {group.name: torch.arange(group.size) % 3 == 1 for group in groups}
+    (batch,) = mini_batches([(x, None)], torch.device("cpu"))
+    with no_whole_passes(), evaluating(model):
+        evaluator = Evaluator(model, groups, squares)
+        names = [group.name for group in groups if group.size >= 4]
+        evaluator.start(batch, names, 2, off)
+        already = {group.name: off[group.name].nonzero().flatten().tolist() for group in groups}
+        assert float(evaluator.base) == pytest.approx(loss_without(model, groups, squares, x, None, already), abs=1e-12)
+        for group in names:
+            units = torch.combinations((~off[group]).nonzero().flatten(), 2)
+            found = evaluator.losses(group, units)
+            for row, loss in zip(units.tolist(), found.tolist(), strict=True):
+                gone = {**already, group: [*already[group], *row]}
+                assert loss == pytest.approx(loss_without(model, groups, squares, x, None, gone), abs=1e-11)
+
+
 @pytest.mark.parametrize("name", ["conv_bn", "residual", "layer_norm", "open_heads", "transposed"])
 def test_in_float32(name: str):
     model, x, _ = traced(name)
@@ -225,6 +245,25 @@ def test_a_replay_that_is_wrong_is_found_out():
     model, x = Hidden().eval(), image(4)
     groups = tc.trace(model, x, prove=False)
     with pytest.warns(RuntimeWarning, match="replayed the loss is"):
+        found = tc.oracle(model, groups, squares, [(x, None)])
+    for name, change in changes(model, groups, squares, [(x, None)]).items():
+        assert (found[name] - change[0]).abs().max() < 1e-6
+
+
+class Viewing(Net):
+    """A view that tensors with channels last don't have."""
+
+    def __init__(self) -> None:
+        super().__init__(a=conv(3, 6), fc=nn.Linear(6 * 64, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.a(x)).view(len(x), -1))
+
+
+def test_views_of_a_layout():
+    model, x = Viewing().eval(), image(4)
+    groups = tc.trace(model, x, prove=False)
+    with no_whole_passes():
         found = tc.oracle(model, groups, squares, [(x, None)])
     for name, change in changes(model, groups, squares, [(x, None)]).items():
         assert (found[name] - change[0]).abs().max() < 1e-6
