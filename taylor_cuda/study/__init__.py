@@ -1,0 +1,7 @@
+"""Is the estimate right? The change of the loss that removing channels really makes."""
+
+from taylor_cuda.study.cost import OracleCost, oracle_cost
+from taylor_cuda.study.oracle import oracle
+from taylor_cuda.study.searches import combinatorial_oracle, greedy_oracle
+
+__all__ = ["OracleCost", "combinatorial_oracle", "greedy_oracle", "oracle", "oracle_cost"]
