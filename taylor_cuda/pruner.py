@@ -70,6 +70,7 @@ class Pruner:
         norm_term: see ``tc.Importance``.
         loss: see ``tc.Importance``.
         probes: see ``tc.Importance``.
+        shared_norm: see ``tc.Importance``.
         ema: a module or a dict of tensors that follows every cut.
         verify: compare every cut with the masked model, and undo it if they differ; likewise a compact model.
         mode: how channels go. ``"cut"``: for real, at every prune step. ``"compact"``: the model stays dense and runs
@@ -110,6 +111,7 @@ class Pruner:
         mode: str = "cut",
         loss: str | Callable[..., Any] = "cross_entropy",
         probes: int = 1,
+        shared_norm: str = "none",
     ) -> None:
         for name, value in (("every", every), ("steps", steps)):
             if not isinstance(value, int) or value < 1:
@@ -152,6 +154,7 @@ class Pruner:
             fuse=mode == "cut",  # a ReLU gives no ride where something else reaches into the forward pass
             loss=loss,
             probes=probes,
+            shared_norm=shared_norm,
         )
         self._wrapper_check = self._replicas.watch_wrapper()
         self.batches = 0

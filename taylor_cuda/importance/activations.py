@@ -29,6 +29,7 @@ class ForwardPass:
     """In a model that runs compact: the dense position of each channel of a reader's sums, and their number."""
     length: dict[str, int] = field(default_factory=dict)
     riding: list[Riding] = field(default_factory=list)
+    _cleared: int = 0
 
     def settle(self) -> None:
         """Complete the sums once the backward pass is over: those that rode on ReLUs, zeros of what did not run."""
@@ -59,9 +60,24 @@ class ForwardPass:
 
     def clear(self) -> None:
         """Set the sums to 0."""
-        sums = [*self.sums.values(), *(one.sums for one in self.riding)]
+        sums = self._all_sums()
         if sums:
             torch._foreach_zero_(sums)
+        self._cleared = self._changes()
+
+    def ran(self) -> bool:
+        """Whether a backward pass has changed the sums since they were 0; the device isn't asked."""
+        return self._changes() != self._cleared
+
+    def examples(self) -> set[int]:
+        """The numbers of rows that sums of examples have."""
+        return {len(sums) for sums in self._all_sums()}
+
+    def _all_sums(self) -> list[Tensor]:
+        return [*self.sums.values(), *(one.sums for one in self.riding)]
+
+    def _changes(self) -> int:
+        return sum(sums._version for sums in self._all_sums())
 
 
 class _Anchored(torch.autograd.Function):
@@ -180,10 +196,18 @@ class ReaderSums:
         """
         assert self._anchor is not None
         torch.autograd.grad(outputs, [self._anchor], gradients, retain_graph=True, allow_unused=True)
-        found = [forward.copied() for forward in self.passes]
-        for there, copy in zip(self.passes, found, strict=True):
+        ran = [forward for forward in self.passes if forward.ran()]
+        found = [forward.copied() for forward in ran]
+        for there, copy in zip(ran, found, strict=True):
             there.clear()
             copy.settle()
+        return found
+
+    def take_those_that_ran(self) -> list[ForwardPass]:
+        """The passes through which the last backward passes went; others are left for theirs."""
+        waiting = [forward for forward in self.passes if not forward.ran()]
+        self.passes = [forward for forward in self.passes if forward.ran()]
+        found, self.passes = self.take(), waiting
         return found
 
     def take(self) -> list[ForwardPass]:

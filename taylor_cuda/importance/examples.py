@@ -12,7 +12,7 @@ from taylor_cuda.graph.groups import ChannelGroup
 from taylor_cuda.importance.activations import ForwardPass
 from taylor_cuda.importance.units import UnitSums
 
-__all__ = ["batch_sums", "example_sums"]
+__all__ = ["batch_sums", "by_example", "example_sums", "rows_of_outputs"]
 
 
 def batch_sums(passes: Sequence[ForwardPass], readers: Sequence[str], units: UnitSums) -> list[Tensor]:
@@ -22,6 +22,60 @@ def batch_sums(passes: Sequence[ForwardPass], readers: Sequence[str], units: Uni
         found = units.completed(1, [forward.sums.get(name) for name in readers])
         totals = torch._foreach_add(list(totals), found) if totals else found
     return list(totals)
+
+
+def rows_of_outputs(outputs: Sequence[Tensor], passes: Sequence[ForwardPass]) -> list[int]:
+    """How many rows, side by side, each output has for one example: tokens, where they were flattened into the batch.
+
+    Raises:
+        InputError: the layers' inputs have numbers of rows that don't fit any number of examples.
+    """
+    fewest = sorted({_fewest(forward) for forward in passes if forward.examples()}, reverse=True)
+    found = []
+    for output in outputs:
+        rows = len(output)
+        fitting = [1 for few in fewest if few % rows == 0] or [rows // few for few in fewest if rows % few == 0]
+        if not fitting:
+            raise InputError(
+                f"outputs: wanted a row for every example, or the same number of rows, got {rows} rows in one of them "
+                f"where layers read batches of {', '.join(map(str, fewest))}"
+            )
+        found.append(fitting[0])
+    return found
+
+
+def by_example(forward: ForwardPass, examples: Sequence[int] = ()) -> ForwardPass:
+    """The pass with one row an example where layers read several side by side: windows or tokens in the batch.
+
+    Args:
+        forward: settled.
+        examples: which numbers of examples there may be; the fewest rows at any reader where none of them fits.
+
+    Raises:
+        InputError: a reader's rows are no multiple of the examples.
+    """
+    few = _fewest(forward)
+    count = max((each for each in examples if few % each == 0), default=few)
+    if any(len(sums) % count for sums in forward.sums.values()):
+        raise InputError(
+            f"layers read batches of {', '.join(map(str, sorted(forward.examples())))} in one forward pass, which are "
+            f"not those of {count} examples: per-example criteria can't be had here, use criterion='taylor_fo'"
+        )
+    sums = {
+        name: each if len(each) == count else each.unflatten(0, (count, -1)).sum(1)
+        for name, each in forward.sums.items()
+    }
+    return ForwardPass(sums, forward.kept, forward.length)
+
+
+def _fewest(forward: ForwardPass) -> int:
+    few, *more = sorted(forward.examples())
+    if few == 1 and more:
+        raise InputError(
+            f"layers read batches of 1 and of {more[0]} in one forward pass, which can't be told apart by example "
+            "where a batch of 1 is spread over the others: use criterion='taylor_fo', or more than one example"
+        )
+    return few
 
 
 def example_sums(

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import isfinite
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from taylor_cuda.errors import InputError
+from taylor_cuda.graph.recorder import leaves
 
-__all__ = ["LOSSES", "OutputCurvature", "Probe", "loss_name"]
+__all__ = ["LOSSES", "OutputCurvature", "Probe", "loss_name", "read_by"]
 
 LOSSES = ("cross_entropy", "bce", "mse", "any")
 """Those whose Hessian in the outputs has a root in closed form, and all others."""
@@ -35,6 +37,10 @@ _NAMES: dict[Any, str] = {
     nn.MSELoss: "mse",
 }
 
+_LINEAR = (
+    "outputs: the loss is linear in them, so it has no curvature there; have the model return what goes into the "
+    "softmax or the square (logits), and compute the loss from that"
+)
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """How far a Hessian may be from its form, relative to its size; a twentieth in 16 bits."""
 
@@ -49,6 +55,8 @@ def loss_name(loss: str | Callable[..., Any]) -> str:
         if loss not in LOSSES:
             raise InputError(f"loss: wanted one of {', '.join(LOSSES)}, or a loss function, got {loss!r}")
         return loss
+    if isinstance(loss, partial):
+        return loss_name(loss.func)
     if not callable(loss):
         raise InputError(f"loss: wanted one of {', '.join(LOSSES)}, or a loss function, got {loss!r}")
     return _NAMES.get(type(loss) if isinstance(loss, nn.Module) else loss, "any")
@@ -86,36 +94,38 @@ class OutputCurvature:
         self._class_dims: dict[int, int] = {}
         self._checked: set[int] = set()
 
-    def at(self, loss: Tensor, outputs: Any, generator: torch.Generator) -> Callable[[], Probe]:
+    def at(
+        self, loss: Tensor, tensors: list[Tensor], generator: torch.Generator, rows: Sequence[int] | None = None
+    ) -> Callable[[], Probe]:
         """What draws probes of one batch.
 
         Args:
             loss: the scalar.
-            outputs: what the model returned, and the loss was computed from: a tensor, or a structure of them. Each
-                has its examples along dimension 0.
-            generator: on the outputs' device. Signs are shared by all examples, so that ranks draw the same.
+            tensors: of the outputs, those that it was computed from; see ``read_by``. Each has its examples along
+                dimension 0.
+            generator: on their device. Signs are shared by all examples, so that ranks draw the same.
+            rows: how many rows side by side an example has in each of them, 1 unless given.
 
         Raises:
-            InputError: the loss doesn't depend on the outputs, or isn't of the kind that was named.
+            InputError: the loss has no curvature in the outputs, or isn't of the kind that was named.
         """
-        leaves = _leaves(loss, outputs)
+        rows = [1] * len(tensors) if rows is None else rows
         # Whatever dtype autocast has chosen, here it would only round.
         with torch.enable_grad(), torch.autocast(loss.device.type, enabled=False):
-            slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-        used = [(i, x, slope) for i, (x, slope) in enumerate(zip(leaves, slopes, strict=True)) if slope is not None]
-        if not used:
-            raise InputError("outputs: wanted what the loss was computed from, got tensors that it doesn't depend on")
-        tensors, grads = [x for _, x, _ in used], [slope for _, _, slope in used]
-        if self.loss == "any":
-            return lambda: self._product(tensors, grads, generator)
-        roots = [self._root(i, x, slope, generator) for i, x, slope in used]
-        return lambda: Probe(
-            tensors,
-            [root(_signs(x, generator)).to(x.dtype) for root, x in zip(roots, tensors, strict=True)],
-        )
+            slopes = torch.autograd.grad(loss, tensors, create_graph=True)
+        if not any(slope.requires_grad for slope in slopes):
+            raise InputError(_LINEAR)
 
-    def _product(self, tensors: list[Tensor], grads: list[Tensor], generator: torch.Generator) -> Probe:
-        sent = [_signs(x, generator).to(x.dtype).expand_as(x) for x in tensors]
+        def signs() -> list[Tensor]:
+            return [_signs(x, generator, count) for x, count in zip(tensors, rows, strict=True)]
+
+        if self.loss == "any":
+            return lambda: self._product(tensors, slopes, signs())
+        roots = [self._root(i, x, slope, generator) for i, (x, slope) in enumerate(zip(tensors, slopes, strict=True))]
+        return lambda: Probe(tensors, [root(v).to(x.dtype) for root, v, x in zip(roots, signs(), tensors, strict=True)])
+
+    def _product(self, tensors: list[Tensor], grads: Sequence[Tensor], signs: list[Tensor]) -> Probe:
+        sent = [v.to(x.dtype).expand_as(x) for v, x in zip(signs, tensors, strict=True)]
         curved = _derivative(grads, tensors, sent)
         # The product is what counts. Of like size, its factors lose no digits, nor what 16 bits can't hold.
         both = zip(sent, curved, strict=True)
@@ -123,8 +133,8 @@ class OutputCurvature:
         factor = torch.stack(factors).amax().clamp_min(1e-12)
         return Probe(
             tensors,
-            [(x.float() * factor).to(x.dtype) for x in sent],
-            [(x.float() / factor).to(x.dtype) for x in curved],
+            [(x.to(_wide(x)) * factor).to(x.dtype) for x in sent],
+            [(c / factor).to(x.dtype) for c, x in zip(curved, tensors, strict=True)],
         )
 
     def _root(self, i: int, x: Tensor, slope: Tensor, generator: torch.Generator) -> _Root:
@@ -132,17 +142,15 @@ class OutputCurvature:
         (curved,) = _derivative([slope], [x], [ask.to(x.dtype)])
         ask = ask.to(x.dtype).to(_wide(x))
         if self.loss == "cross_entropy":
-            return self._of_cross_entropy(i, x, ask, curved)
+            return self._of_cross_entropy(i, x, slope, ask, curved)
         (diagonal,) = _derivative([slope], [x], [torch.ones_like(x)])
-        self._check(i, x, curved - diagonal * ask, curved)
+        self._believe(i, x, curved - diagonal * ask, curved, diagonal)
         root = diagonal.clamp_min(0).sqrt()
         return lambda signs: root * signs
 
-    def _of_cross_entropy(self, i: int, x: Tensor, ask: Tensor, curved: Tensor) -> _Root:
+    def _of_cross_entropy(self, i: int, x: Tensor, slope: Tensor, ask: Tensor, curved: Tensor) -> _Root:
         """H = w·(diag(p) - p·pᵀ) at every position: w is found from what H makes of ``ask``."""
-        if i not in self._class_dims:
-            self._class_dims[i] = self._class_dim(i, x, ask, curved)
-        dim = self._class_dims[i]
+        dim = self._class_dims.get(i) or self._class_dim(i, x, slope, ask, curved)
         p = x.detach().to(_wide(x)).softmax(dim)
         weight = _weight(p, ask, curved, dim)[0].clamp_min(0).sqrt()
         root = p.sqrt()
@@ -152,41 +160,73 @@ class OutputCurvature:
 
         return times
 
-    def _class_dim(self, i: int, x: Tensor, ask: Tensor, curved: Tensor) -> int:
+    def _class_dim(self, i: int, x: Tensor, slope: Tensor, ask: Tensor, curved: Tensor) -> int:
         """1, as PyTorch has it, or the last one, of a loss that was given flattened outputs."""
         if x.dim() < 2:
             raise InputError(f"outputs: wanted [N, classes, …] for loss='cross_entropy', got shape {tuple(x.shape)}")
-        left = {}
+        left, weights = {}, {}
         for dim in dict.fromkeys((1, x.dim() - 1)):
             p = x.detach().to(_wide(x)).softmax(dim)
-            weight, form = _weight(p, ask, curved, dim)
-            left[dim] = curved - weight * form
+            weights[dim], form = _weight(p, ask, curved, dim)
+            left[dim] = curved - weights[dim] * form
+            if i not in self._checked and bool(form.any() & slope.any() & ~curved.any()):
+                raise InputError(_LINEAR)
         best = min(left, key=lambda dim: float(_size(left[dim])))
-        self._check(i, x, left[best], curved)
+        if self._believe(i, x, left[best], curved, weights[best]):
+            self._class_dims[i] = best
         return best
 
-    def _check(self, i: int, x: Tensor, rest: Tensor, curved: Tensor) -> None:
-        """Once for every output, for it asks the device."""
+    def _believe(self, i: int, x: Tensor, rest: Tensor, curved: Tensor, weight: Tensor) -> bool:
+        """Whether the loss is of its kind. Asked until the first answer for every output, for it asks the device.
+
+        Args:
+            i: the output's number.
+            x: the output.
+            rest: what the kind doesn't explain of the Hessian's product.
+            curved: the product.
+            weight: what the kind's form is multiplied with. Of its rounding errors much is left where a network is
+                sure of all its examples, for there the form is a difference of equal numbers.
+        """
         if i in self._checked:
-            return
-        allowed = _TOLERANCE.get(x.dtype, 5e-2)
-        if not bool(_size(rest) <= allowed * _size(curved)):
+            return True
+        size = float(_size(rest))
+        if not isfinite(size):  # the step is left out for that
+            return False
+        if size > _TOLERANCE.get(x.dtype, 5e-2) * _size(curved) + 16 * torch.finfo(x.dtype).eps * _size(weight):
             raise InputError(
                 f"loss: the curvature of this loss in the outputs (tensor {i}, shape {tuple(x.shape)}) is not that of "
                 f"{self.loss!r}; give loss='any', or outputs that the loss was computed from (logits)"
             )
         self._checked.add(i)
+        return True
 
 
-def _leaves(loss: Tensor, outputs: Any) -> list[Tensor]:
-    found = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
-    found = [x for x in found if x is not loss and x.dim() > 0 and x.requires_grad]
+def read_by(loss: Tensor, outputs: Any) -> list[Tensor]:
+    """The tensors that the loss was computed from, without what it depends on only through another one of them.
+
+    Models return more than logits: hidden states, their own loss. Their order is that of ``outputs``.
+
+    Raises:
+        InputError: there is none.
+    """
+    given = [x for x in leaves(outputs) if x is not loss and x.is_floating_point() and x.requires_grad and x.dim() > 0]
+    at = {torch.autograd.graph.get_gradient_edge(x): x for x in given}
+    places = {(edge.node, edge.output_nr): x for edge, x in at.items()}
+    found, seen = set[Any](), set[Any]()
+    waiting = [(loss.grad_fn, 0)]
+    while waiting:
+        place = waiting.pop()
+        if place in places:
+            found.add(place)
+        elif place[0] is not None and place[0] not in seen:
+            seen.add(place[0])
+            waiting += place[0].next_functions
     if not found:
         raise InputError(
-            "outputs: wanted what the model returned, a tensor or a structure of tensors with their graph, got "
-            f"{type(outputs).__name__}; call backward(loss, outputs)"
+            "outputs: wanted what the model returned and the loss was computed from, with its graph: a tensor, or a "
+            f"structure of tensors; got {type(outputs).__name__} in which the loss depends on none"
         )
-    return list({id(x): x for x in found}.values())
+    return [x for place, x in places.items() if place in found]
 
 
 def _derivative(grads: Sequence[Tensor], tensors: Sequence[Tensor], along: Sequence[Tensor]) -> list[Tensor]:
@@ -210,9 +250,11 @@ def _weight(p: Tensor, ask: Tensor, curved: Tensor, dim: int) -> tuple[Tensor, T
     return along / form.square().sum(dim, keepdim=True).clamp_min(_tiny(form)), form
 
 
-def _signs(x: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randint(0, 2, (1, *x.shape[1:]), generator=generator, device=x.device)
-    return drawn.to(_wide(x)) * 2 - 1
+def _signs(x: Tensor, generator: torch.Generator, rows: int) -> Tensor:
+    """Signs for the rows of one example, and the same for all others."""
+    drawn = torch.randint(0, 2, (rows, *x.shape[1:]), generator=generator, device=x.device)
+    signs = drawn.to(_wide(x)) * 2 - 1
+    return signs if rows == 1 else signs.repeat(len(x) // rows, *(1,) * (x.dim() - 1))
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -12,9 +12,9 @@ from taylor_cuda.distributed import mean
 from taylor_cuda.errors import InputError
 from taylor_cuda.importance.activations import ForwardPass, ReaderSums
 from taylor_cuda.importance.criteria import Criterion
-from taylor_cuda.importance.examples import example_sums
+from taylor_cuda.importance.examples import by_example, example_sums, rows_of_outputs
 from taylor_cuda.importance.layout import Layout
-from taylor_cuda.importance.output_curvature import OutputCurvature, Probe
+from taylor_cuda.importance.output_curvature import OutputCurvature, Probe, read_by
 from taylor_cuda.importance.unit_gates import UnitGates
 from taylor_cuda.importance.units import scalar_beside
 
@@ -76,6 +76,7 @@ class SecondOrder:
         self._curve: Tensor | None = None
         self._slope: Tensor | None = None
         self._passes: list[ForwardPass] = []
+        self._examples: list[int] = []
 
     def close(self) -> None:
         """Take the gates out of the model."""
@@ -111,7 +112,9 @@ class SecondOrder:
     def after_backward(self, sites: ReaderSums | None) -> None:
         """Put aside what the loss's own pass left at the readers, or the next batch's probes would run into it."""
         if sites is not None:
-            self._passes += [forward for forward in sites.take() if forward.sums]
+            self._passes += [by_example(forward, self._examples) for forward in sites.take_those_that_ran()]
+        if self._gates is not None:
+            self._gates.clear()
 
     def _probed(self, loss: Tensor, outputs: Any, sites: ReaderSums | None, scale: Tensor | None) -> Tensor:
         """Σ_n q², the mean over the probes."""
@@ -121,11 +124,19 @@ class SecondOrder:
             raise InputError("no forward pass with gradients since the last step; call the model, then backward")
         mixed = (self._seed * 1_000_003 + self.steps * 4_099 + self._batches) * _MIXED
         generator = torch.Generator(loss.device).manual_seed(mixed % 2**63)
-        draw = self._outputs.at(loss, outputs, generator)
+        tensors = read_by(loss, outputs)
+        rows = rows_of_outputs(tensors, sites.passes)
+        self._examples = sorted({len(x) // count for x, count in zip(tensors, rows, strict=True)})
+        draw = self._outputs.at(loss, tensors, generator, rows)
         total: Tensor | None = None
-        for _ in range(self._probes):
-            curve = self._of_probe(draw(), sites, scale)
-            total = curve if total is None else total + curve
+        try:
+            for _ in range(self._probes):
+                curve = self._of_probe(draw(), sites, scale)
+                total = curve if total is None else total + curve
+        except BaseException:  # half a pass would count for the next step
+            self.reset()
+            sites.take()
+            raise
         assert total is not None
         return total / self._probes
 
@@ -144,7 +155,9 @@ class SecondOrder:
 
     def _sums(self, outputs: list[Tensor], sent: list[Tensor], sites: ReaderSums) -> list[Tensor]:
         """Q of every example at all readers."""
-        passes = [forward for forward in sites.probed(outputs, sent) if forward.sums]
+        passes = [by_example(forward, self._examples) for forward in sites.probed(outputs, sent)]
+        if not passes:
+            raise InputError("outputs: wanted those of a forward pass since the last step, which this loss is not of")
         layout = self._layout
         return example_sums(layout.site_groups, passes, layout.readers, layout.units, mean=False)
 
@@ -165,6 +178,8 @@ class SecondOrder:
             slope, curve = self._slope if divisor is None else self._slope / divisor, self._curve
         else:
             slope, curve = self._from_examples(grad_scale)
+        if sites is not None:
+            sites.take()  # passes that nobody went back through
         self.steps += 1
         self.reset()
         return mean(torch.cat([slope, curve]), self._ranks)
@@ -181,4 +196,5 @@ class SecondOrder:
         if self._curve is not None:
             return slope, self._curve
         # d = N·t for the mean over N examples, so that mean_n d² = N·Σ_n t².
-        return slope, units.values(sums, "sample", grad_scale) * len(sums[0])
+        examples = sum(max(forward.examples()) for forward in self._passes)
+        return slope, units.values(sums, "sample", grad_scale) * examples

@@ -71,10 +71,12 @@ class UnitGates:
         Raises:
             InputError: no forward pass since the last call, or an operation has no second derivative.
         """
-        gates, self._gates = self._gates, None
-        if gates is None:
-            raise InputError("no forward pass with gradients since the last step; call the model, then backward")
-        (slope,) = torch.autograd.grad(loss, gates, create_graph=True)
+        gates = self._gates
+        slope = None
+        if gates is not None and loss.requires_grad:
+            (slope,) = torch.autograd.grad(loss, gates, create_graph=True, allow_unused=True)
+        if gates is None or slope is None:
+            raise InputError("no forward pass with gradients that this loss is of; call the model, then backward")
         curve = torch.zeros_like(slope)
         if slope.requires_grad:
             for units in torch.arange(self._units, device=gates.device).split(self._together):
@@ -96,6 +98,11 @@ class UnitGates:
             (row,) = torch.autograd.grad(slope.index_select(0, unit.view(1)).sum(), gates, retain_graph=True)
             found.append(row.index_select(0, unit.view(1)))
         return torch.cat(found)
+
+    def clear(self) -> None:
+        """Forget what the loss's own backward pass left at the gates."""
+        if self._gates is not None:
+            self._gates.grad = None
 
     def close(self) -> None:
         """Take the gates out of the model."""
