@@ -42,6 +42,9 @@ TEST_FACES = ("DejaVuSans-BoldOblique", "DejaVuSansMono-Oblique", "DejaVuSerif-I
 ALIKE = 0.85
 """Characters whose renderings have a greater cosine, on average over faces, would be one class with two labels."""
 
+SAME = 0.995
+"""Two renderings of one character with a greater cosine are one rendering: a bar is a bar in every upright face."""
+
 TRAINING_SEED, TEST_SEED = 1 << 32, 2 << 32
 """Added to a run's seed, and used alone: streams of random numbers that no two purposes share."""
 
@@ -53,8 +56,9 @@ class Bank:
     Attributes:
         characters: the classes; their label is their place.
         faces: training faces first.
-        images: float32 ``[faces, classes, RESOLUTION, RESOLUTION]``, ink 1 on 0; all zero where a face hasn't it.
-        present: bool ``[faces, classes]``.
+        images: float32 ``[faces, classes, RESOLUTION, RESOLUTION]``, ink 1 on 0; all zero where there is none.
+        present: bool ``[faces, classes]``: the face has the character, and in a test face it looks like in no training
+            face.
     """
 
     characters: str
@@ -74,7 +78,8 @@ def render_bank(classes: int) -> Bank:
     fonts = {face: _font(face) for face in faces}
     unicode_faces = [face for face in faces if not face.startswith("cm")]
     chosen: list[str] = []
-    unit = torch.zeros(0, len(unicode_faces), RESOLUTION**2)
+    held_out = torch.tensor([face in TEST_FACES for face in unicode_faces])
+    units = torch.zeros(classes, len(unicode_faces) * RESOLUTION**2)
     for character in candidates([fonts[face] for face in unicode_faces]):
         if len(chosen) == classes:
             break
@@ -82,10 +87,13 @@ def render_bank(classes: int) -> Bank:
         if any(image is None for image in found):
             continue
         stack = F.normalize(torch.stack([image for image in found if image is not None]).flatten(1), dim=1)
-        if chosen and float((unit * stack).sum(2).mean(1).max()) >= ALIKE:
+        cosines = units[: len(chosen)] @ stack.flatten() / len(unicode_faces)
+        if bool((cosines >= ALIKE).any()):
             continue
+        if bool(known(stack[held_out], stack[~held_out]).all()):
+            continue
+        units[len(chosen)] = stack.flatten()
         chosen.append(character)
-        unit = torch.cat([unit, stack[None]])
     if len(chosen) < classes:
         raise InputError(f"classes: wanted at most {len(chosen)}, which the fonts tell apart, got {classes}")
     images = torch.zeros(len(faces), classes, RESOLUTION, RESOLUTION)
@@ -95,7 +103,18 @@ def render_bank(classes: int) -> Bank:
             image = render(fonts[face], character) if has(face, fonts[face], character) else None
             if image is not None:
                 images[row, column], present[row, column] = image, True
+    trained = len(TRAIN_FACES)
+    for column in range(classes):
+        unit = F.normalize(images[:, column].flatten(1), dim=1)
+        shared = known(unit[trained:], unit[:trained])
+        present[trained:, column] &= ~shared
+        images[trained:, column][shared] = 0
     return Bank("".join(chosen), faces, images, present)
+
+
+def known(held_out: Tensor, trained: Tensor) -> Tensor:
+    """Bool ``[faces]``: which held-out renderings, as unit vectors, are the same as one of a training face."""
+    return (held_out @ trained.T).amax(1) > SAME
 
 
 def candidates(fonts: Sequence[Any]) -> list[str]:

@@ -128,10 +128,8 @@ class Peer:
         if self._gradients:
             for parameter, total in zip(self._parameters, self._sums, strict=True):
                 parameter.grad = total
-        share = budgets_at(
-            self._form.schedule, self._budget, self._batches // self._form.every, self._form.prune_steps
-        )["macs"]
-        self._shrink(share * self._whole)
+        removal, of = self._batches // self._form.every, self._form.prune_steps
+        self._shrink(budgets_at(self._form.schedule, self._budget, removal, of)["macs"] * self._whole)
         self.model.zero_grad()
         self._restart()
 
