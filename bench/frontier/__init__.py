@@ -12,8 +12,8 @@ with the same batches in the same order, and takes the same optimizer steps: ``e
 a removal after each ``every`` on the cubic schedule; then ``finetune_steps`` on half a cosine. After
 every removal the momentum starts anew, for all, because Torch-Pruning replaces the parameters.
 
-- ours: ``tc.Pruner`` with the criterion, by value per cost (``random``: by value), and without the moving average over
-  windows, which the peer hasn't.
+- ours: ``tc.Pruner`` with the criterion, by value per cost, and without the moving average over windows, which the peer
+  hasn't. ``random`` is the floor: each channel is as likely to go as the other, whatever it costs.
 - torch-pruning: its ``MetaPruner``, ``global_pruning=True``, with its group importance as it comes. It removes a share
   of the channels, so it is called until the network costs what is asked, with fewer channels each time, at last one by
   one; a removal that would land more than 1 % below is undone and its layer passed over. Its Taylor importance gets

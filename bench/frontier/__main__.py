@@ -43,14 +43,14 @@ def run(asked: argparse.Namespace) -> int:
         write(form, name, asked.results)
         return 0
     chosen, peer = _methods(asked.methods), installed("torch_pruning")
-    task, failed, left_out = Task(form, device), 0, 0
+    task, failed, left_out = Task(form, device, asked.work), 0, 0
     record = {
         "suite": SUITE,
         "op": "prune",
         "case": form.name,
         "dtype": "float32",
         "layout": "nchw",
-        "settings": form.settings(),
+        "settings": task.settings,
         "torch_pruning": None if peer is None else metadata.version("torch-pruning"),
         **environment(device.type),
     }
@@ -62,6 +62,7 @@ def run(asked: argparse.Namespace) -> int:
             left_out += len(form.budgets) * len(chosen)
             continue
         base, digest = base_network(task, seed, asked.work)
+        quality = task.quality(base)
         for budget in form.budgets:
             for provider, method in chosen.items():
                 point = record | {"base": digest, "seed": seed, "budget": budget, "provider": provider}
@@ -72,7 +73,7 @@ def run(asked: argparse.Namespace) -> int:
                     left_out += 1
                     continue
                 try:
-                    row = point | run_point(task, base, seed, method, budget)
+                    row = point | run_point(task, base, quality, seed, method, budget)
                 except TaylorError as error:
                     print(f"{_name(point)} FAILED: {error}", file=sys.stderr)
                     failed += 1
@@ -90,23 +91,21 @@ def run(asked: argparse.Namespace) -> int:
 
 
 def write(form: Form, name: str, results: Path) -> None:
-    """The table and the figure of every form that this device has rows of."""
-    stored = read_rows(results)
-    parts, order = [], list(methods())
-    for case in [*FORMS, *([] if form.name in FORMS else [form.name])]:
-        rows = newest(stored, case, name)
-        if not rows:
-            continue
-        folder = results_file(rows[0], results).parent
-        parts.append(markdown(rows, order))
-        write_figure(rows, folder / f"{SUITE}-{case}.png")
-        print(f"written: {folder / f'{SUITE}-{case}.png'}")
-    if not parts:
+    """The table of every form that this device has rows of, then their figures."""
+    stored, order = read_rows(results), list(methods())
+    cases = dict.fromkeys((*FORMS, form.name))
+    found = {case: rows for case in cases if (rows := newest(stored, case, name))}
+    if not found:
         raise InputError(f"results: wanted rows of {name} under {results}, got none")
-    path = folder / f"{SUITE}.md"
+    folder = results_file(next(iter(found.values()))[0], results).parent
     title = "# Accuracy against MACs\n\nWritten by `python -m taylor_cuda.bench.frontier`, whose docstring says how.\n"
-    path.write_text("\n".join([title, *parts]), encoding="utf-8")
+    path = folder / f"{SUITE}.md"
+    path.write_text("\n".join([title, *(markdown(rows, order) for rows in found.values())]), encoding="utf-8")
     print(f"written: {path}")
+    for case, rows in found.items():
+        path = folder / f"{SUITE}-{case}.png"
+        write_figure(rows, path)
+        print(f"written: {path}")
 
 
 def _chosen(asked: argparse.Namespace) -> Form:
@@ -160,7 +159,12 @@ def _parser() -> argparse.ArgumentParser:
         "--methods": {"nargs": "+", "metavar": "NAME", "help": f"some of {', '.join(methods())}"},
         "--time-limit": {"type": float, "metavar": "S", "help": "begin no point that would probably end later"},
         "--results": {"type": Path, "default": RESULTS, "metavar": "DIR", "help": "folder of the rows"},
-        "--work": {"type": Path, "default": Path("runs/frontier"), "metavar": "DIR", "help": "base networks"},
+        "--work": {
+            "type": Path,
+            "default": Path("runs/frontier"),
+            "metavar": "DIR",
+            "help": "of glyphs and base networks",
+        },
     }
     for name, how in options.items():
         parser.add_argument(name, **how)

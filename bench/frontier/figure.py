@@ -59,7 +59,8 @@ def write_figure(rows: Sequence[Row], path: Path) -> None:
     chosen = row["settings"]
     figure.suptitle(
         f"Accuracy against MACs: ResNet-18, width {chosen['width']}, {chosen['classes']} classes of glyphs in faces "
-        f"never trained on; {len(base.values)} seeds, {row['device_name']}",
+        f"never trained on; {len(base.values)} "
+        f"seed{'s' if len(base.values) > 1 else ''}, {row['device_name']}",
         fontsize=11,
         color=INK,
     )

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from taylor_cuda.bench.suites.peers import installed
 from taylor_cuda.errors import InputError
+from taylor_cuda.train.files import replacing
 
 RESOLUTION = 32
 """Pixels of a rendering's longer side, which it fills."""
@@ -93,6 +95,21 @@ def render_bank(classes: int) -> Bank:
     return Bank("".join(chosen), faces, images, present)
 
 
+def find_bank(classes: int, folder: Path) -> Bank:
+    """``render_bank``, left in ``folder``; where matplotlib isn't installed, what another machine left there."""
+    path = folder / f"glyphs-{classes}.pt"
+    if installed("matplotlib") is None and path.is_file():
+        stored = torch.load(path, weights_only=True)
+        return Bank(stored["characters"], tuple(stored["faces"]), stored["images"].float() / 255, stored["present"])
+    bank = render_bank(classes)
+    folder.mkdir(parents=True, exist_ok=True)
+    images = (bank.images * 255).round().to(torch.uint8)
+    with replacing(path) as temporary:
+        stored = {"characters": bank.characters, "faces": list(bank.faces), "images": images, "present": bank.present}
+        torch.save(stored, temporary)
+    return bank
+
+
 def _choose(fonts: Mapping[str, Any], classes: int) -> list[str]:
     """The first characters that look different from those before, and new in some held-out face."""
     chosen: list[str] = []
@@ -153,7 +170,8 @@ def render(font: Any, character: str) -> Tensor | None:
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
     square = F.pad(ink, (left, side - width - left, top, side - height - top))
-    return F.adaptive_avg_pool2d(square[None], RESOLUTION)[0]
+    # in 256 steps, as it is stored
+    return (255 * F.adaptive_avg_pool2d(square[None], RESOLUTION)[0]).round() / 255
 
 
 def _array(image: Any) -> Any:

@@ -16,11 +16,15 @@ from taylor_cuda.bench.frontier.forms import Form
 from taylor_cuda.bench.frontier.network import macs
 from taylor_cuda.bench.suites.peers import installed
 from taylor_cuda.errors import InputError, TaylorError
-from taylor_cuda.planning import budgets_at
+from taylor_cuda.graph import trace
+from taylor_cuda.planning import budgets_at, plan
 from taylor_cuda.pruner import Pruner
+from taylor_cuda.surgery import cut
 
 WITHIN = 0.01
 """A network may cost this share less than was asked, and nothing more."""
+DRAWS = 100
+"""Of random channels, until a network costs enough."""
 ONE = 1e-6
 """A share of the channels that Torch-Pruning rounds up to a single one."""
 
@@ -72,8 +76,6 @@ class Ours:
             steps=form.prune_steps,
             schedule=form.schedule,
             round_to=1,
-            # a random value over a cost is no random choice: what costs most would always go
-            rank="value" if criterion == "random" else "value_per_cost",
             momentum=0.0,
             seed=start.seed,
         )
@@ -86,6 +88,40 @@ class Ours:
         """See ``Removal``."""
         if self._pruner.step() is not None:
             self.optimizer.state.clear()
+
+
+class Random:
+    """Channels at random, each as likely as the other whatever it costs, drawn until the network costs what is asked.
+
+    ``tc.Pruner`` would take random values by their cost, so that what costs most always went: no floor, but a trap.
+    """
+
+    def __init__(self, start: Start) -> None:
+        form = start.form
+        self.model = start.model
+        self.optimizer: torch.optim.Optimizer = form.sgd(self.model, form.prune_rate)
+        self._form, self._budget, self._batches = form, {"macs": start.budget}, 0
+        self._groups = trace(self.model, _example(self.model, form.size))
+        self._generator = torch.Generator().manual_seed(start.seed)
+
+    def backward(self, loss: Tensor, logits: Tensor) -> None:
+        """Nothing but that."""
+        loss.backward()
+
+    def step(self) -> None:
+        """See ``Removal``."""
+        self._batches += 1
+        if self._batches % self._form.every:
+            return
+        removal, of = self._batches // self._form.every, self._form.prune_steps
+        budget = budgets_at(self._form.schedule, self._budget, removal, of)
+        for _ in range(DRAWS):
+            scores = {group.name: torch.rand(group.size, generator=self._generator) for group in self._groups}
+            decided = plan(self.model, self._groups, scores, budget, round_to=1, rank="value")
+            if decided.cost.macs >= (1 - WITHIN) * budget["macs"] * decided.cost_original.macs:
+                break
+        cut(self.model, self._groups, decided, self.optimizer)
+        self.optimizer.state.clear()
 
 
 class Peer:
@@ -170,8 +206,9 @@ Method = Callable[[Start], Removal]
 
 def methods() -> dict[str, Method]:
     """Every method by the name of its provider in the rows, ours first."""
-    ours = {f"ours:{name}": _ours(name) for name in ("taylor_fo", "taylor_so", "fisher", "magnitude", "random")}
+    ours = {f"ours:{name}": _ours(name) for name in ("taylor_fo", "taylor_so", "fisher", "magnitude")}
     return ours | {
+        "ours:random": Random,
         "torch-pruning:taylor": lambda start: Peer("GroupTaylorImportance", True, start),
         "torch-pruning:magnitude": lambda start: Peer("GroupMagnitudeImportance", False, start),
     }

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from taylor_cuda.bench.frontier.glyphs import (
     TEST_SEED,
     TRAIN_FACES,
     Views,
-    render_bank,
+    find_bank,
 )
 from taylor_cuda.bench.frontier.methods import WITHIN, Method, Removal, Start
 from taylor_cuda.bench.frontier.network import SmallImageResNet18, macs
@@ -36,18 +36,24 @@ EVALUATED = 512
 class Task:
     """The images of a form on one device.
 
-    Attributes:
-        form: the settings.
+    Args:
+        form: what a run is.
         device: where everything runs.
+        folder: of what is kept between runs.
+
+    Attributes:
+        settings: all that a point's result depends on, besides its seed, base network, method and budget.
     """
 
-    def __init__(self, form: Form, device: torch.device) -> None:
+    def __init__(self, form: Form, device: torch.device, folder: Path) -> None:
         self.form, self.device = form, device
-        bank = render_bank(form.classes)
+        bank = find_bank(form.classes, folder)
         self._views = Views(bank, TRAIN_FACES, form.size, device)
         test = Views(bank, TEST_FACES, form.size, device)
         images, labels = test.draw(form.test_images, torch.Generator(device).manual_seed(TEST_SEED))
         self._test = list(zip(images.split(EVALUATED), labels.split(EVALUATED), strict=True))
+        # with other fonts, or another way of making images, it is another task
+        self.settings = {**form.settings(), "images": _digest([images])}
 
     def batches(self, seed: int, base: bool) -> Batches:
         """The training images of a seed: those of the base network, or those that every method gets."""
@@ -67,20 +73,20 @@ def base_network(task: Task, seed: int, folder: Path) -> tuple[nn.Module, str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SmallImageResNet18(form.width, form.classes).to(task.device)
-    what = "-".join(str(value) for value in (*form.settings().values(), seed, task.device.type))
+    what = "-".join(str(value) for value in (*task.settings.values(), seed, task.device.type))
     path = folder / f"base-{hashlib.sha256(what.encode()).hexdigest()[:12]}.pt"
     if path.is_file():
         try:
             model.load_state_dict(torch.load(path, map_location=task.device, weights_only=True))
         except Exception as error:  # torch.load has no type of its own for a file it can't read
             raise InputError(f"work: {path} is damaged; delete it ({type(error).__name__})") from error
-        return model, _digest(model)
+        return model, _digest(model.state_dict().values())
     optimizer = form.sgd(model, form.base_rate)
     train(model, optimizer, task.batches(seed, base=True), form.base_steps, form.base_rate)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         torch.save(model.state_dict(), temporary)
-    return model, _digest(model)
+    return model, _digest(model.state_dict().values())
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, steps: int, rate: float) -> None:
@@ -116,8 +122,16 @@ def prune(removal: Removal, batches: Batches, form: Form, device: torch.device) 
     return seconds
 
 
-def run_point(task: Task, base: nn.Module, seed: int, method: Method, budget: float) -> Row:
+def run_point(task: Task, base: nn.Module, before: Quality, seed: int, method: Method, budget: float) -> Row:
     """Prune a copy of the base network and fine-tune it.
+
+    Args:
+        task: the images.
+        base: stays as it is.
+        before: its quality.
+        seed: of the run.
+        method: prunes.
+        budget: share of the MACs.
 
     Returns:
         What was measured.
@@ -127,7 +141,6 @@ def run_point(task: Task, base: nn.Module, seed: int, method: Method, budget: fl
     """
     form, device = task.form, task.device
     whole, parameters = macs(base, form.size), _size(base)
-    before = task.quality(base)
     batches = task.batches(seed, base=False)
     started = _clock(device)
     removal = method(Start(form, copy.deepcopy(base), budget, seed))
@@ -170,8 +183,8 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _digest(model: nn.Module) -> str:
+def _digest(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
-    for tensor in model.state_dict().values():
+    for tensor in tensors:
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:12]

@@ -43,8 +43,8 @@ TWO = ("ours:taylor_fo", "ours:magnitude")
 
 
 @pytest.fixture(scope="module")
-def task():
-    return point.Task(TINY, CPU)
+def task(tmp_path_factory):
+    return point.Task(TINY, CPU, tmp_path_factory.mktemp("glyphs"))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,9 @@ def test_every_method_gets_the_same_steps_and_batches(task, base, monkeypatch):
     for _ in range(2):
         made = []
         monkeypatch.setattr(point, "macs", lambda model, size: 0 if model is not base else 10)
-        row = point.run_point(task, base, 0, lambda start, made=made: made.append(Recorded(start)) or made[0], 0.5)
+        row = point.run_point(
+            task, base, task.quality(base), 0, lambda start, made=made: made.append(Recorded(start)) or made[0], 0.5
+        )
         seen.append(made[0])
         assert row["macs"] == 0
     steps = TINY.every * TINY.prune_steps + TINY.finetune_steps
@@ -148,24 +150,27 @@ def test_every_method_gets_the_same_steps_and_batches(task, base, monkeypatch):
     assert all(one.equal(other) for one, other in zip(seen[0].images, expected, strict=True))
 
 
-def test_images_of_base_pruning_seeds_and_test_are_others(task):
+def test_images_of_base_pruning_seeds_and_test_are_others(task, tmp_path):
     firsts = [next(task.batches(seed, base))[0] for seed in (0, 1) for base in (True, False)]
     assert not any(one.equal(other) for one, other in itertools.combinations(firsts, 2))
-    again = point.Task(TINY, CPU)
+    again = point.Task(TINY, CPU, tmp_path)
     assert all(a.equal(b) for (a, _), (b, _) in zip(task._test, again._test, strict=True))
     assert sum(len(labels) for _, labels in task._test) == TINY.test_images
+    assert again.settings == task.settings
+    other = point.Task(replace(TINY, size=7), CPU, tmp_path)
+    assert other.settings["images"] != task.settings["images"]
 
 
 @pytest.mark.parametrize("provider", [name for name in methods.methods() if name.startswith("ours")])
 def test_ours_meets_the_budget_from_a_base_it_leaves_alone(task, base, provider):
     before = copy.deepcopy(base.state_dict())
-    row = point.run_point(task, base, 0, methods.methods()[provider], 0.6)
+    row = point.run_point(task, base, task.quality(base), 0, methods.methods()[provider], 0.6)
     assert 0.594 <= row["macs"] <= 0.6
     assert row["macs"] == row["macs_after"] / macs(base, TINY.size)
     assert all(tensor.equal(before[name]) for name, tensor in base.state_dict().items())
     assert all(math.isfinite(row[key]) for key in ("accuracy_base", "accuracy_cut", "accuracy", "loss_cut", "loss"))
     assert 0 < row["seconds_removing"] <= row["seconds_pruning"] <= row["seconds"]
-    again = point.run_point(task, base, 0, methods.methods()[provider], 0.6)
+    again = point.run_point(task, base, task.quality(base), 0, methods.methods()[provider], 0.6)
     assert [again[key] for key in ("accuracy_cut", "accuracy", "widths")] == [
         row[key] for key in ("accuracy_cut", "accuracy", "widths")
     ]
@@ -173,7 +178,7 @@ def test_ours_meets_the_budget_from_a_base_it_leaves_alone(task, base, provider)
 
 def test_a_point_that_costs_something_else_has_no_row(task, base):
     with pytest.raises(TaylorError, match=r"budget: wanted 50.0% of the MACs or at most 1 % less, got 100.00%"):
-        point.run_point(task, base, 0, Recorded, 0.5)
+        point.run_point(task, base, task.quality(base), 0, Recorded, 0.5)
 
 
 def test_the_momentum_starts_anew_after_a_removal(base):
@@ -190,6 +195,27 @@ def test_the_momentum_starts_anew_after_a_removal(base):
         assert bool(removal.optimizer.state) == (step < TINY.every)
 
 
+def test_random_is_drawn_until_the_cost_is_right(base, monkeypatch):
+    plans = []
+
+    def drawn(*arguments, **keywords):
+        plans.append(methods_plan(*arguments, **keywords))
+        return plans[-1] if len(plans) > 2 else replace(plans[-1], cost=replace(plans[-1].cost, macs=0))
+
+    methods_plan = methods.plan
+    monkeypatch.setattr(methods, "plan", drawn)
+    removal = methods.Random(methods.Start(replace(TINY, every=1, prune_steps=1), copy.deepcopy(base), 0.6, 0))
+    logits = removal.model(torch.randn(8, 1, 8, 8))
+    removal.backward(logits.sum(), logits)
+    del logits
+    removal.optimizer.step()
+    removal.step()
+    assert len(plans) >= 3
+    assert plans[-1].keep.keys() == plans[0].keep.keys()
+    assert macs(removal.model, TINY.size) == plans[-1].cost.macs
+    assert not removal.optimizer.state
+
+
 # -- Torch-Pruning -----------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +224,7 @@ def test_the_momentum_starts_anew_after_a_removal(base):
 def test_the_peer_meets_the_same_budget(task, base, provider, budget):
     pytest.importorskip("torch_pruning")
     before = copy.deepcopy(base.state_dict())
-    row = point.run_point(task, base, 0, methods.methods()[provider], budget)
+    row = point.run_point(task, base, task.quality(base), 0, methods.methods()[provider], budget)
     assert 0.99 * budget <= row["macs"] <= budget
     assert all(tensor.equal(before[name]) for name, tensor in base.state_dict().items())
 
@@ -259,7 +285,7 @@ def test_two_methods_from_end_to_end_and_again(tiny, tmp_path, capsys):
     assert [again[1][key] for key in ("base", "accuracy", "macs")] == [
         rows[1][key] for key in ("base", "accuracy", "macs")
     ]
-    assert len(tiny("--methods", TWO[0], "--budgets", "0.6", "0.8")) == 3
+    assert len(tiny("--methods", TWO[0], "--budgets", "0.6", "0.5")) == 3
     (tmp_path / "work").rename(tmp_path / "elsewhere")
     assert len(tiny("--methods", *TWO)) == 3, "training is deterministic here, so the base network is the same"
 

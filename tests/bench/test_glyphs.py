@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import warnings
 
 import pytest
@@ -76,6 +77,20 @@ def test_classes_differ(bank):
     # of signs that look the same in print the first one stays
     assert "O" in bank.characters
     assert not set("\u039f\u041e\u0391\u0410") & set(bank.characters)
+
+
+def test_a_machine_without_matplotlib_takes_the_bank_that_another_left(bank, tmp_path, monkeypatch):
+    assert glyphs.find_bank(CLASSES, tmp_path / "work") is bank
+    monkeypatch.setattr(glyphs, "installed", lambda name: None)
+    found = glyphs.find_bank(CLASSES, tmp_path / "work")
+    assert found is not bank
+    assert (found.characters, found.faces) == (bank.characters, bank.faces)
+    assert found.images.equal(bank.images)
+    assert found.present.equal(bank.present)
+    glyphs.render_bank.cache_clear()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match="frontier: the glyphs need matplotlib"):
+        glyphs.find_bank(CLASSES, tmp_path / "elsewhere")
 
 
 def test_only_what_all_fonts_have():
