@@ -1,8 +1,10 @@
 """The criteria: what each one measures, and from what. Their arithmetic is in ``estimator``.
 
-Notation: E the mini-batch mean loss; t[n,c] = Σ_l a·g at the inputs of a unit's readers, added up over all of them,
-with a the activation and g = dE/da; w, g the weights that write a unit and their gradients; γ, β the affine parameters
-of a normalisation.
+Notation: E the mini-batch mean loss; z a gate of 1 on the unit where its readers take it; t[n,c] = Σ_l a·g at the
+inputs of a unit's readers, added up over all of them, with a the activation and g = dE/da, so dE/dz = Σ_n t, and
+d_n = N·t_n the same of an example's own loss; w, g the weights that write a unit and their gradients; γ, β the affine
+parameters of a normalisation; F the Gauss-Newton diagonal, H_zz the Hessian's. Scores that are made of dE/dz or of
+curvature are squares of a predicted change of the loss.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ class Criterion:
         per_example: needs t[n,c] of every example.
         gradient: needs a backward pass at all.
         reference: where it is defined.
+        outputs: ``backward(loss, outputs)`` needs the outputs, and ``update()`` is not enough.
+        hessian: ``backward(loss)`` differentiates the loss twice, and ``update()`` is not enough.
+        averaged: dE/dz and the curvature are averaged over the window, which is squared afterwards.
     """
 
     name: str
@@ -35,6 +40,9 @@ class Criterion:
     per_example: bool
     gradient: bool
     reference: str
+    outputs: bool = False
+    hessian: bool = False
+    averaged: bool = False
 
 
 CRITERIA = {
@@ -43,7 +51,34 @@ CRITERIA = {
         Criterion("taylor_fo", "(Σ_n t)²", True, False, True, "Molchanov et al. 2019, gate; = (γ·dγ + β·dβ)²"),
         Criterion("taylor_fg", "Σ_n t²", False, True, True, "Molchanov et al. 2019, full gradient"),
         Criterion("taylor_weight", "Σ (w·g)²", False, False, True, "Molchanov et al. 2019, weights of the filter"),
+        Criterion("taylor_filter", "(Σ w·g)²", False, False, True, "Molchanov et al. 2019, the filter as one set"),
+        Criterion("bn_taylor", "(γ·dγ + β·dβ)²", False, False, True, "Molchanov et al. 2019, gate at a normalisation"),
+        Criterion("bn_taylor_scale", "(γ·dγ)²", False, False, True, "the same as first published in code, without β"),
         Criterion("taylor_output", "mean_n |t / L| / ‖·‖₂ of the group", False, True, True, "Molchanov et al. 2017"),
+        Criterion("fisher", "(½ mean_n d²)²", False, True, True, "Theis et al. 2018", averaged=True),
+        Criterion(
+            *("taylor_fo_fisher", "(−dE/dz + ½ mean_n d²)²", False, True, True),
+            "second order with the empirical Fisher diagonal for H_zz",
+            averaged=True,
+        ),
+        Criterion(
+            *("taylor_so", "(−dE/dz + ½ F)²", False, True, True),
+            "second order with the Gauss-Newton diagonal for H_zz, estimated by one more backward pass",
+            outputs=True,
+            averaged=True,
+        ),
+        Criterion(
+            *("taylor_so_hessian", "(−dE/dz + ½ H_zz)²", False, False, True),
+            "Molchanov et al. 2019, second order; a backward pass for every unit",
+            hessian=True,
+            averaged=True,
+        ),
+        Criterion(
+            *("obd", "(½ max(H_zz, 0))²", False, False, True),
+            "LeCun et al. 1990, for gates; a backward pass for every unit",
+            hessian=True,
+            averaged=True,
+        ),
         Criterion("magnitude", "Σ w²", False, False, False, "squared L2 norm of the filter"),
         Criterion("bn_scale", "mean |γ|", False, False, False, "Liu et al. 2017, network slimming"),
         Criterion("random", "uniform in [0, 1)", False, False, False, "the floor every criterion has to beat"),
