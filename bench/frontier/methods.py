@@ -181,8 +181,11 @@ class Peer:
             shrunk = {name for name, width in after.items() if width < widths[name]}
             if shrunk and macs(self.model, self._form.size) >= (1 - WITHIN) * target:
                 continue
-            if one_by_one and not shrunk:
-                raise TaylorError(f"torch-pruning: nothing more to remove at {now / self._whole:.2%} of the MACs")
+            if one_by_one and shrunk <= passed_over:
+                raise TaylorError(
+                    f"torch-pruning: no channel left that fits, at {now / self._whole:.2%} of the MACs "
+                    f"where {target / self._whole:.2%} are wanted"
+                )
             self.model = before
             passed_over |= shrunk if one_by_one else set()
             one_by_one = True

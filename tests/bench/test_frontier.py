@@ -258,6 +258,27 @@ def test_the_peer_removes_one_channel_at_a_time_at_last(base):
     assert not set(lost) & {name for name, width in methods._widths(peer.model).items() if width < before[name] - 1}
 
 
+def test_the_peer_undoes_what_goes_too_far(base):
+    """In so narrow a network the next channel often costs more than there is room for."""
+    pytest.importorskip("torch_pruning")
+    peer = methods.Peer("GroupMagnitudeImportance", False, methods.Start(TINY, copy.deepcopy(base), 0.3, 0))
+    for percent in range(95, 30, -6):
+        target = percent / 100 * peer._whole
+        peer._shrink(target)
+        assert 0.99 * target <= macs(peer.model, TINY.size) <= target
+
+
+def test_the_peer_ends_where_nothing_fits(base, monkeypatch):
+    pytest.importorskip("torch_pruning")
+    peer = methods.Peer("GroupMagnitudeImportance", False, methods.Start(TINY, copy.deepcopy(base), 0.6, 0))
+    monkeypatch.setattr(methods, "WITHIN", 1e-9)
+    with pytest.raises(TaylorError, match=r"torch-pruning: no channel left that fits, at .*% of the MACs where 60.00%"):
+        peer._shrink(0.6 * peer._whole + 0.5)
+    monkeypatch.setattr(peer, "_remove", lambda share, passed_over: None)
+    with pytest.raises(TaylorError, match="torch-pruning: no channel left that fits"):
+        peer._shrink(0.5 * peer._whole)
+
+
 def test_a_missing_peer_is_left_out_and_named(monkeypatch, capsys):
     monkeypatch.setattr(command, "installed", lambda name: None)
     assert not any(name.startswith("torch") for name in command._methods(None))

@@ -149,6 +149,23 @@ def test_views_are_of_their_own_faces_and_of_those_that_have_the_class():
         Views(bank, ("b",), 8, CPU)
 
 
+def test_a_class_is_never_drawn_in_a_face_that_has_not_got_it():
+    views = Views(fake_bank([[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]), ("a", "b", "c"), 16, CPU)
+    images, labels = views.draw(200, torch.Generator().manual_seed(0))
+    assert 70 < labels.sum() < 130
+    ink = images[:, 0, 6:10, 6:10].mean((1, 2)) - images[:, 0, [0, 15]].mean((1, 2))
+    assert ink.abs().min() > 0.2
+
+
+def test_a_character_without_ink_in_one_face_is_no_class(monkeypatch):
+    render = glyphs.render
+    monkeypatch.setattr(glyphs, "candidates", lambda fonts: ["A", "B", "C"])
+    monkeypatch.setattr(
+        glyphs, "render", lambda font, c: None if c == "B" and "DejaVuSerif-Bold" in font.fname else render(font, c)
+    )
+    assert render_bank.__wrapped__(2).characters == "AC"
+
+
 def test_streams_are_keyed_by_their_seed(bank):
     views = Views(bank, TRAIN_FACES, 16, CPU)
     one, same, other = ([*itertools.islice(views.stream(seed, 8), 3)] for seed in (1, 1, 2))
