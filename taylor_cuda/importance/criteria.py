@@ -1,10 +1,10 @@
 """The criteria: what each one measures, and from what. Their arithmetic is in ``estimator``.
 
-Notation: E the mini-batch mean loss; z a gate of 1 on the unit where its readers take it; t[n,c] = Σ_l a·g at the
-inputs of a unit's readers, added up over all of them, with a the activation and g = dE/da, so dE/dz = Σ_n t, and
-d_n = N·t_n the same of an example's own loss; w, g the weights that write a unit and their gradients; γ, β the affine
-parameters of a normalisation; F the Gauss-Newton diagonal, H_zz the Hessian's. Scores that are made of dE/dz or of
-curvature are squares of a predicted change of the loss.
+Notation: E the mini-batch mean loss; t[n,c] = Σ_l a·g at the inputs of a unit's readers, added up over all of them,
+with a the activation and g = dE/da; E' = Σ_n t, the gradient of a gate of 1 on the unit, and E'' its second one;
+F = Σ_n E_v[q²], with q the same sums of the backward pass of S·v, S·Sᵀ the Hessian of E in the outputs and v random
+signs; d = N·t, the gradient of an example's own loss; w, g the weights that write a unit and their gradients; γ, β the
+affine parameters of a normalisation.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Criterion:
         per_example: needs t[n,c] of every example.
         gradient: needs a backward pass at all.
         reference: where it is defined.
-        outputs: ``backward(loss, outputs)`` needs the outputs, and ``update()`` is not enough.
-        hessian: ``backward(loss)`` differentiates the loss twice, and ``update()`` is not enough.
-        averaged: dE/dz and the curvature are averaged over the window, which is squared afterwards.
+        curvature: where it takes second derivatives from: ``"probe"`` (Gauss-Newton, one more backward pass),
+            ``"fisher"`` (squares of examples' gradients, nothing more), ``"hessian"`` (exact, one backward pass a
+            unit), or ``""``. E' and the curvature are then averaged over the window each, before anything is squared.
     """
 
     name: str
@@ -40,9 +40,17 @@ class Criterion:
     per_example: bool
     gradient: bool
     reference: str
-    outputs: bool = False
-    hessian: bool = False
-    averaged: bool = False
+    curvature: Literal["", "probe", "fisher", "hessian"] = ""
+
+    @property
+    def outputs(self) -> bool:
+        """Whether it takes ``backward(loss, outputs)``: ``update()`` comes too late, for the graph is gone."""
+        return self.curvature in ("probe", "hessian")
+
+    @property
+    def gates_inserted(self) -> bool:
+        """Whether it multiplies gates into the forward pass."""
+        return self.curvature == "hessian"
 
 
 CRITERIA = {
@@ -50,35 +58,18 @@ CRITERIA = {
     for criterion in (
         Criterion("taylor_fo", "(Σ_n t)²", True, False, True, "Molchanov et al. 2019, gate; = (γ·dγ + β·dβ)²"),
         Criterion("taylor_fg", "Σ_n t²", False, True, True, "Molchanov et al. 2019, full gradient"),
+        Criterion("taylor_so", "(½F - E')²", False, True, True, "Gauss-Newton form of second order", "probe"),
+        Criterion(
+            "taylor_so_hessian", "(½E'' - E')²", False, False, True, "Molchanov et al. 2019, second order", "hessian"
+        ),
+        Criterion("obd", "(½ max(E'', 0))²", False, False, True, "LeCun et al. 1990", "hessian"),
+        Criterion("fisher", "(½ mean_n d²)²", False, True, True, "Theis et al. 2018", "fisher"),
+        Criterion("taylor_fo_fisher", "(½ mean_n d² - E')²", False, True, True, "both together", "fisher"),
         Criterion("taylor_weight", "Σ (w·g)²", False, False, True, "Molchanov et al. 2019, weights of the filter"),
         Criterion("taylor_filter", "(Σ w·g)²", False, False, True, "Molchanov et al. 2019, the filter as one set"),
-        Criterion("bn_taylor", "(γ·dγ + β·dβ)²", False, False, True, "Molchanov et al. 2019, gate at a normalisation"),
+        Criterion("bn_taylor", "(γ·dγ + β·dβ)²", False, False, True, "Molchanov et al. 2019, batch normalisation"),
         Criterion("bn_taylor_scale", "(γ·dγ)²", False, False, True, "the same as first published in code, without β"),
         Criterion("taylor_output", "mean_n |t / L| / ‖·‖₂ of the group", False, True, True, "Molchanov et al. 2017"),
-        Criterion("fisher", "(½ mean_n d²)²", False, True, True, "Theis et al. 2018", averaged=True),
-        Criterion(
-            *("taylor_fo_fisher", "(−dE/dz + ½ mean_n d²)²", False, True, True),
-            "second order with the empirical Fisher diagonal for H_zz",
-            averaged=True,
-        ),
-        Criterion(
-            *("taylor_so", "(−dE/dz + ½ F)²", False, True, True),
-            "second order with the Gauss-Newton diagonal for H_zz, estimated by one more backward pass",
-            outputs=True,
-            averaged=True,
-        ),
-        Criterion(
-            *("taylor_so_hessian", "(−dE/dz + ½ H_zz)²", False, False, True),
-            "Molchanov et al. 2019, second order; a backward pass for every unit",
-            hessian=True,
-            averaged=True,
-        ),
-        Criterion(
-            *("obd", "(½ max(H_zz, 0))²", False, False, True),
-            "LeCun et al. 1990, for gates; a backward pass for every unit",
-            hessian=True,
-            averaged=True,
-        ),
         Criterion("magnitude", "Σ w²", False, False, False, "squared L2 norm of the filter"),
         Criterion("bn_scale", "mean |γ|", False, False, False, "Liu et al. 2017, network slimming"),
         Criterion("random", "uniform in [0, 1)", False, False, False, "the floor every criterion has to beat"),
@@ -99,12 +90,14 @@ def check_source(source: str, criterion: Criterion) -> None:
     """Raise unless ``criterion`` can be taken from ``source``."""
     if source not in ("parameters", "activations", "auto"):
         raise InputError(f"source: wanted 'parameters', 'activations' or 'auto', got {source!r}")
+    if source == "parameters" and criterion.gates_inserted:
+        raise InputError(f"source: {criterion.name!r} needs gates in the model; use source='activations' or 'auto'")
     if source == "parameters" and criterion.per_example:
         raise InputError(
             f"source: {criterion.name!r} needs the sums of every example, which parameter gradients no longer hold; "
             "use source='activations' or 'auto'"
         )
-    if source == "activations" and not (criterion.gate or criterion.per_example):
+    if source == "activations" and not (criterion.gate or criterion.per_example or criterion.gates_inserted):
         raise InputError(f"source: {criterion.name!r} is a function of parameters; use source='parameters' or 'auto'")
 
 
@@ -117,3 +110,12 @@ def check_norm_term(source: str, criterion: Criterion) -> None:
             "norm_term: wanted source='activations' or 'auto', for it needs the inputs of normalisations, "
             "got source='parameters'"
         )
+
+
+def check_shared_norm(shared_norm: str, criterion: Criterion) -> str:
+    """Raise unless scores under ``criterion`` can be divided in this way."""
+    if shared_norm not in ("none", "blocks"):
+        raise InputError(f"shared_norm: wanted 'none' or 'blocks', got {shared_norm!r}")
+    if shared_norm == "blocks" and criterion.name != "taylor_fo":
+        raise InputError(f"shared_norm: wanted criterion='taylor_fo' with 'blocks', got {criterion.name!r}")
+    return shared_norm
