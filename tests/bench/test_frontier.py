@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -337,6 +338,14 @@ def test_the_time_limit_leaves_points_for_the_next_run(tiny, capsys):
     assert len(tiny("--methods", *TWO)) == 2
 
 
+def test_no_point_is_begun_that_would_probably_end_too_late(tiny, monkeypatch, capsys):
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    # deadline at 45, the seed at 10, the first point from 20 to 30, the second one from 40, where there is time for 5
+    assert len(tiny("--methods", *TWO, "--time-limit", "45")) == 1
+    assert "1 points left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -392,8 +401,8 @@ def test_curves_are_means_over_the_same_seeds():
 def test_only_comparable_rows_are_shown():
     name = environment("cpu")["device_name"]
     old = make_row(TWO[0], 0.5, 0, 0.1, time="2026-01-01")
-    other_base = make_row(TWO[1], 0.5, 0, 0.2, time="2026-01-01", base="lost")
-    other_settings = make_row(TWO[1], 0.5, 0, 0.3, time="2026-01-01", settings={})
+    other_base = make_row(TWO[1], 0.35, 0, 0.2, time="2026-01-01", base="lost")
+    other_settings = make_row(TWO[1], 0.75, 0, 0.3, time="2026-01-01", settings={})
     new = make_row(TWO[0], 0.5, 0, 0.4, time="2026-01-02")
     both = make_row(TWO[1], 0.5, 0, 0.5, time="2026-01-02")
     unfinished = make_row(TWO[0], 0.5, 1, 0.6, time="2026-01-03")
