@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: prune test bench coverage device lint clean
+.PHONY: prune test bench coverage device frontier lint clean
 
 prune: $(VENV)/built
 	$(BIN)/taylor-cuda prune
@@ -23,6 +23,7 @@ lint: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,train,bench]"
 	$(BIN)/taylor-cuda bench --check --plot
+	OMP_NUM_THREADS=1 $(BIN)/python -m taylor_cuda.bench.frontier
 
 coverage: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,train,bench]"
@@ -42,6 +43,12 @@ device:
 	timeout 180 $(PYTHON) -m pytest -o addopts= -p no:cacheprovider -q $$workers -m gpu tests/gpu || status=$$?; \
 	$(PYTHON) -u -m taylor_cuda.bench --device cuda --plot --time-limit $$((525 - $$(date +%s) + start)) || status=$$?; \
 	exit $$status
+
+# The whole frontier, on a machine as for "make device". Every call takes up to nine minutes and goes on where the last one ended.
+# Where there is no matplotlib, runs/frontier/glyphs-384.pt has to come from another machine; no torch-pruning, no rows of it.
+frontier:
+	PIP_BREAK_SYSTEM_PACKAGES=1 TAYLOR_CUDA_BUILD=$(BUILD) $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) -u -m taylor_cuda.bench.frontier --form full --device cuda --time-limit 480
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info taylor_cuda/*.so
