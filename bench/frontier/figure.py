@@ -9,7 +9,7 @@ from typing import Any
 from taylor_cuda.bench.frontier.table import Spread, curves
 from taylor_cuda.bench.rows import Row
 from taylor_cuda.errors import InputError
-from taylor_cuda.train.files import replacing
+from taylor_cuda.files import replacing
 
 INK, FAINT = "#333333", "#c9ced6"
 

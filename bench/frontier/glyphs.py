@@ -15,7 +15,7 @@ from torch import Tensor
 
 from taylor_cuda.bench.suites.peers import installed
 from taylor_cuda.errors import InputError
-from taylor_cuda.train.files import replacing
+from taylor_cuda.files import replacing
 
 RESOLUTION = 32
 """Pixels of a rendering's longer side, which it fills."""

@@ -25,7 +25,7 @@ from taylor_cuda.bench.frontier.methods import WITHIN, Method, Removal, Start
 from taylor_cuda.bench.frontier.network import SmallImageResNet18, macs
 from taylor_cuda.bench.rows import Row
 from taylor_cuda.errors import InputError, TaylorError
-from taylor_cuda.train.files import replacing
+from taylor_cuda.files import replacing
 from taylor_cuda.train.loop import Quality, cosine, evaluate
 
 Batches = Iterator[tuple[Tensor, Tensor]]
