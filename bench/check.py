@@ -104,6 +104,42 @@ class Within(Promise):
 
 
 @dataclass(frozen=True)
+class WithinOurs(Promise):
+    """Ours takes at most ``most`` times as long as another of ours, and what the long way round would take is said.
+
+    Attributes:
+        peer: the other.
+        most: the factor.
+        rows: providers that took a few equal parts of the long way; how many of how many stands first in their notes.
+    """
+
+    peer: str = ""
+    most: float = 1.0
+    rows: tuple[str, str] = ("", "")
+
+    def wanted(self) -> str:
+        """The promise in words."""
+        return f"at most {self.most:g} of the time of {self.peer}"
+
+    def judged(self, row: Row, rows: Sequence[Row]) -> tuple[bool, str]:
+        """By the medians."""
+        medians = {other["provider"]: float(other["median_us"]) for other in rows}
+        if self.peer not in medians:
+            return False, f"{self.peer} was not measured"
+        factor = row["median_us"] / medians[self.peer]
+        found = f"{factor:.3f} over {row['rounds']} rounds"
+        parts = [other for name in self.rows for other in rows if other["provider"] == name]
+        if len(parts) == 2:
+            (few, whole), (more, _) = ((int(word) for word in one["note"].split()[0:3:2]) for one in parts)
+            first, second = (float(one["median_us"]) for one in parts)
+            total = first + (whole - few) * (second - first) / (more - few)
+            found += (
+                f"; all {whole} rows exactly: {total / medians[self.peer]:,.0f} (extrapolated from {few} and {more})"
+            )
+        return factor <= self.most, found
+
+
+@dataclass(frozen=True)
 class FasterInSum(Faster):
     """A peer takes at least ``least`` times as long over several races, each counted as often as a network has it.
 

@@ -14,6 +14,7 @@ SUITES = (
     "step",
     "profile",
     "conv",
+    "curvature",
     "gather",
     "modes",
     "planner",

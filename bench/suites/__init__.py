@@ -6,6 +6,7 @@ from taylor_cuda.bench.race import Entry, Options
 from taylor_cuda.bench.suites import (
     batch_norm_relu,
     conv,
+    curvature,
     gather,
     graph,
     modes,
@@ -18,7 +19,7 @@ from taylor_cuda.bench.suites import (
     weights,
 )
 
-MODULES = (scoring, weights, relu, batch_norm_relu, rank, network, planner, graph, step, conv, gather, modes)
+MODULES = (scoring, weights, relu, batch_norm_relu, rank, network, planner, graph, step, curvature, conv, gather, modes)
 
 
 def entries(options: Options) -> list[Entry]:

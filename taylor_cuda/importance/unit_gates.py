@@ -65,8 +65,12 @@ class UnitGates:
         gates = torch.cat([self._gates, self._gates.new_ones(1)])[index].to(x.dtype)
         return x * gates.view(-1, *(1,) * (x.dim() - 1 - dim))
 
-    def slope_and_curve(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def slope_and_curve(self, loss: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
         """dE/dz and the diagonal of d²E/dz², flat ``[units]``. The graph of the loss stays.
+
+        Args:
+            loss: of forward passes through the gates.
+            most: take the curvature of so many units only, the first ones; the others have 0.
 
         Raises:
             InputError: no forward pass since the last call, or an operation has no second derivative.
@@ -79,7 +83,7 @@ class UnitGates:
             raise InputError("no forward pass with gradients that this loss is of; call the model, then backward")
         curve = torch.zeros_like(slope)
         if slope.requires_grad:
-            for units in torch.arange(self._units, device=gates.device).split(self._together):
+            for units in torch.arange(self._units, device=gates.device)[:most].split(self._together):
                 curve[units] = self._rows(slope, gates, units)
         return slope.detach(), curve
 

@@ -325,15 +325,6 @@ def test_coupled_normalisations_are_summed_and_then_squared() -> None:
     torch.testing.assert_close(score.double(), expected.detach(), **TIGHT)
 
 
-def test_a_filter_before_batch_statistics_is_warned_of() -> None:
-    model, x, target = make(ConvBN)
-    groups = tc.trace(model, x)
-    with pytest.warns(UserWarning, match="BatchNorm"):
-        est = tc.Importance(model, groups, "taylor_filter")
-    est.backward(F.cross_entropy(model(x), target))
-    assert flat(model, est.scores()).max() < 1e-9  # as it is warned
-
-
 def test_shared_streams_over_their_blocks() -> None:
     model, x, target = make(Residual)
     plain = scored(model, x, target, "taylor_fo").scores()
