@@ -46,7 +46,7 @@ def _on_a_cpu() -> list[Promise]:
         found += [Faster(key, peer="torch.dot", least=WITHIN), Faster(key, peer="torch", least=1.3)]
     return [
         *found,
-        _second_order(Key("curvature", curvature.OP, curvature.ON_A_CPU, "float32", "nchw"), most=1.9),
+        _second_order(),
         Faster(Key("network", "taylor_fo", "resnet50"), peer="torch-pruning", least=15.0),
         Takes(Key("planner", "plan", "resnet101"), most_us=50e3),
         Takes(Key("graph", "trace", "resnet50"), most_us=1000e3),
@@ -110,16 +110,16 @@ def _weights() -> list[Promise]:
 def _steps() -> list[Promise]:
     key = Key("step", "training_step", step.ON_A_GPU, "bfloat16", "channels_last")
     return [
-        _second_order(Key("curvature", curvature.OP, curvature.ON_A_GPU, "bfloat16", "channels_last"), most=1.9),
         Within(key, "ours:taylor_fo", peer="torch", most=1.005),
         Within(key, "ours:taylor_fg", peer="torch", most=1.02),
         Memory(key, "ours:taylor_fo", peer="torch", most_bytes=MEGABYTE),
     ]
 
 
-def _second_order(key: Key, most: float) -> Promise:
-    rows = (curvature.rows_of_hessian(curvature.ROWS[0]), curvature.rows_of_hessian(curvature.ROWS[1]))
-    return WithinOurs(key, curvature.named("taylor_so"), peer=curvature.named("taylor_fo"), most=most, rows=rows)
+def _second_order() -> Promise:
+    key = Key("curvature", curvature.OP, curvature.ON_A_CPU, "float32", "nchw")
+    few, more = map(curvature.rows_of_hessian, curvature.ROWS)
+    return WithinOurs(key, curvature.named("taylor_so"), peer=curvature.named("taylor_fo"), most=1.9, rows=(few, more))
 
 
 def _relu() -> list[Promise]:
