@@ -19,8 +19,10 @@ every removal the momentum starts anew, for all, because Torch-Pruning replaces 
   one; a removal that would land more than 1 % below is undone and its layer passed over. Its Taylor importance gets
   the sum of the gradients of the same batches that ours see between two removals.
 
-**What is equal, and checked**: MACs after the last removal, counted by PyTorch's own counter in a real forward pass, at
-most what was asked and not more than 1 % below; optimizer steps; finite losses. A point that fails a check has no row.
+**What is equal, and checked**: MACs after the last removal, counted by PyTorch's own counter in a real forward pass,
+within 1 % of the budget; optimizer steps; finite losses. A point that fails a check has no row. ``tc.Pruner`` can land
+too low: the last step of the cubic schedule asks for a thousandth of the way, and one costly channel is more. It then
+begins again, asked for half a percent more, at last for one.
 
 **BatchNorm**: running statistics are the moving averages (momentum 0.1) over the training batches. A removal slices
 them, nobody takes them anew, and evaluation uses them, before and after, for every method.

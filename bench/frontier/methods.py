@@ -22,7 +22,7 @@ from taylor_cuda.pruner import Pruner
 from taylor_cuda.surgery import cut
 
 WITHIN = 0.01
-"""A network may cost this share less than was asked, and nothing more."""
+"""Of what was asked: how far a network's cost may be from it."""
 DRAWS = 100
 """Of random channels, until a network costs enough."""
 ONE = 1e-6

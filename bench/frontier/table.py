@@ -102,7 +102,7 @@ def markdown(rows: Sequence[Row], order: Sequence[str]) -> str:
         lines.append(_line([name, *(f"{figure:.2f}" for figure in figures)]))
     parts.append("**Seconds of one point, mean over budgets and seeds**\n\n" + "\n".join(lines))
     furthest = max(abs(row["macs"] / row["budget"] - 1) for row in rows)
-    parts.append(f"Every network costs what was asked, {furthest:.1%} less at most. {_runs(rows)}")
+    parts.append(f"Every network costs what was asked to within {furthest:.1%}. {_runs(rows)}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -133,7 +133,7 @@ class Recorded:
 
 
 def test_every_method_gets_the_same_steps_and_batches(task, base, monkeypatch):
-    monkeypatch.setattr(point, "WITHIN", 1.0)
+    monkeypatch.setattr(point, "WITHIN", 1.0)  # nothing is removed here
     seen = []
     for _ in range(2):
         made = []
@@ -178,8 +178,27 @@ def test_ours_meets_the_budget_from_a_base_it_leaves_alone(task, base, provider)
 
 
 def test_a_point_that_costs_something_else_has_no_row(task, base):
-    with pytest.raises(TaylorError, match=r"budget: wanted 50.0% of the MACs or at most 1 % less, got 100.00%"):
+    with pytest.raises(TaylorError, match=r"budget: wanted 50.0% of the MACs to within 1%, got 100.00%"):
         point.run_point(task, base, task.quality(base), 0, Recorded, 0.5)
+
+
+@pytest.mark.parametrize(("costs", "tries"), [([495], 1), ([505], 1), ([494, 505], 2), ([480, 494, 495], 3)])
+def test_a_network_that_costs_too_little_is_pruned_anew(task, base, monkeypatch, costs, tries):
+    left, made = list(costs), []
+    monkeypatch.setattr(point, "macs", lambda model, size: 1000 if model is base else left.pop(0))
+    method = lambda start: made.append(Recorded(start)) or made[-1]  # noqa: E731
+    row = point.run_point(task, base, task.quality(base), 0, method, 0.5)
+    assert (len(made), row["macs_after"]) == (tries, costs[-1])
+    assert row["asked"] == 0.5 * (1.0, 1.005, 1.01)[tries - 1]
+    assert made[0].images[0].equal(made[-1].images[0])
+
+
+@pytest.mark.parametrize("costs", [[506], [494, 506], [494, 494, 494]])
+def test_a_network_that_costs_too_much_or_never_enough_has_no_row(task, base, monkeypatch, costs):
+    monkeypatch.setattr(point, "macs", lambda model, size: 1000 if model is base else costs.pop(0))
+    with pytest.raises(TaylorError, match="budget: wanted"):
+        point.run_point(task, base, task.quality(base), 0, Recorded, 0.5)
+    assert not costs
 
 
 def test_the_momentum_starts_anew_after_a_removal(base):
@@ -422,7 +441,7 @@ def test_the_table_says_what_the_rows_say():
     assert "| ours:taylor_fo | **32.5% (30.0…35.0)** |" in text
     assert "| ours:magnitude | 1.00 | 4.00 |" in text
     assert text.index("ours:magnitude") < text.index("ours:taylor_fo")
-    assert "0.8% less at most" in text
+    assert "to within 0.8%" in text
     assert "torch-pruning" not in text
     assert "6 classes" in text
     assert "Base network: 90.0%" in text
