@@ -29,6 +29,7 @@ PACKAGE = ROOT / "taylor_cuda"
 STAGES = [
     "errors",
     "text",
+    "files",
     "ops",
     "distributed",
     "graph",

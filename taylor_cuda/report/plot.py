@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from taylor_cuda.errors import InputError
-from taylor_cuda.train.files import replacing
+from taylor_cuda.files import replacing
 
 GONE, KEPT, INK = "#d5d9e0", "#2b6cb0", "#333333"
 

@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from taylor_cuda.files import replacing
 from taylor_cuda.train.config import Summary
-from taylor_cuda.train.files import replacing
 
 
 def summary_dict(summary: Summary) -> dict[str, Any]:

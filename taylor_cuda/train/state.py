@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from taylor_cuda.errors import CheckpointError, InputError, TaylorError
-from taylor_cuda.train.files import replacing
+from taylor_cuda.files import replacing
 from taylor_cuda.train.messages import first_line
 
 FORMAT = 1

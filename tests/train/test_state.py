@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taylor_cuda.errors import CheckpointError, InputError
-from taylor_cuda.train.files import replacing
+from taylor_cuda.files import replacing
 from taylor_cuda.train.state import load_state, restore_rng, save_state, stop_between_steps
 
 CPU = torch.device("cpu")

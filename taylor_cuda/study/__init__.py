@@ -1,0 +1,1 @@
+"""Is the estimate right? The true effect of removing units, and how estimates agree with it."""
