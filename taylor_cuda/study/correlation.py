@@ -73,13 +73,14 @@ def _defined(x: Tensor, y: Tensor) -> bool:
 def _direction(x: Tensor) -> Tensor:
     """The vector less its mean, at length one. Scaled first: squares of values like 1e-200 would be zero."""
     x = x / x.abs().max()
-    x = x - x.mean()
-    return x / x.norm()
+    centred: Tensor = x - x.mean()
+    return centred / torch.linalg.vector_norm(centred)
 
 
 def _dense_ranks(x: Tensor) -> Tensor:
     """int64 ``[n]``: the number of distinct smaller values."""
-    return torch.unique(x, return_inverse=True)[1]
+    ranks: Tensor = torch.unique(x, return_inverse=True)[1]
+    return ranks
 
 
 def _ranks(x: Tensor) -> Tensor:
@@ -87,11 +88,12 @@ def _ranks(x: Tensor) -> Tensor:
     dense = _dense_ranks(x)
     counts = torch.bincount(dense)
     last = counts.cumsum(0)
-    return (last - (counts - 1) / 2).double()[dense]
+    means: Tensor = (last - (counts - 1) / 2).double()
+    return means[dense]
 
 
 def _tied_pairs(dense: Tensor) -> int:
-    counts = torch.unique(dense, return_counts=True)[1]
+    _, counts = torch.unique(dense, return_counts=True)
     return int((counts * (counts - 1) // 2).sum())
 
 

@@ -50,6 +50,9 @@ class Data(Protocol):
     def val(self) -> Iterator[Batch]:
         """All of the validation set, in a fixed order."""
 
+    def unaugmented(self) -> Iterator[Batch]:
+        """All of the training set as the validation set is read, in one random order: to measure on."""
+
 
 def load_data(
     source: str, batch: int, seed: int = 0, image_size: int = 224, workers: int = 2, pin_memory: bool = False
@@ -125,6 +128,12 @@ class TensorData:
     def val(self) -> Iterator[Batch]:
         """All of the validation set, in a fixed order."""
         return zip(torch.split(self.val_set[0], 256), torch.split(self.val_set[1], 256), strict=True)
+
+    def unaugmented(self) -> Iterator[Batch]:
+        """All of the training set as it is, in the order of epoch 0; the last batch may be short."""
+        images, labels = self.train_set
+        for index in torch.split(epoch_order(self.train_size, self.seed, 0), self.batch):
+            yield images[index], labels[index]
 
 
 def move_by_one(images: Tensor, seed: int) -> Tensor:
@@ -251,6 +260,10 @@ class FolderData:
         }
         self._train = DataLoader(ImageFiles(train, train_transform), batch_sampler=self._order, **common)
         self._val = DataLoader(ImageFiles(val, val_transform), batch_size=batch, **common)
+        # Read once if at all: its workers need not stay.
+        common["persistent_workers"] = False
+        order = [index.tolist() for index in torch.split(epoch_order(len(train), seed, 0), batch)]
+        self._unaugmented = DataLoader(ImageFiles(train, val_transform), batch_sampler=order, **common)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch in its own random order, from batch ``start`` on."""
@@ -260,6 +273,10 @@ class FolderData:
     def val(self) -> Iterator[Batch]:
         """All of the validation set, in a fixed order."""
         return _readable(self._val)
+
+    def unaugmented(self) -> Iterator[Batch]:
+        """All of the training set, cropped in the centre, in the order of epoch 0; the last batch may be short."""
+        return _readable(self._unaugmented)
 
 
 def _readable(loader: DataLoader[Any]) -> Iterator[Batch]:
