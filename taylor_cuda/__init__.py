@@ -23,6 +23,7 @@ from taylor_cuda.ops import (
 )
 from taylor_cuda.planning import Plan, plan
 from taylor_cuda.pruner import Pruner
+from taylor_cuda.study import combinatorial_oracle, greedy_oracle, oracle
 from taylor_cuda.surgery import compact, cut, load, save
 from taylor_cuda.watched import watch
 
@@ -48,14 +49,17 @@ __all__ = [
     "batch_norm_relu",
     "channel_importance",
     "channel_sums",
+    "combinatorial_oracle",
     "compact",
     "cut",
     "fuse_scoring",
+    "greedy_oracle",
     "keep_lists",
     "keep_mask",
     "load",
     "masked",
     "masked_conv2d",
+    "oracle",
     "pack_channels",
     "plan",
     "save",
