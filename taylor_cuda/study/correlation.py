@@ -73,8 +73,9 @@ def _defined(x: Tensor, y: Tensor) -> bool:
 def _direction(x: Tensor) -> Tensor:
     """The vector less its mean, at length one. Scaled first: squares of values like 1e-200 would be zero."""
     x = x / x.abs().max()
-    centred: Tensor = x - x.mean()
-    return centred / torch.linalg.vector_norm(centred)
+    x = x - x.mean()
+    direction: Tensor = x / x.norm()
+    return direction
 
 
 def _dense_ranks(x: Tensor) -> Tensor:
