@@ -4,5 +4,6 @@ from taylor_cuda.study.compare import compare
 from taylor_cuda.study.comparison import Comparison
 from taylor_cuda.study.oracle import oracle
 from taylor_cuda.study.searches import combinatorial_oracle, greedy_oracle
+from taylor_cuda.study.sensitivity import Sensitivity, sensitivity
 
-__all__ = ["Comparison", "combinatorial_oracle", "compare", "greedy_oracle", "oracle"]
+__all__ = ["Comparison", "Sensitivity", "combinatorial_oracle", "compare", "greedy_oracle", "oracle", "sensitivity"]
