@@ -107,6 +107,13 @@ def add_parser(commands: Any) -> None:
     running.add_argument(
         "--measure-seconds", type=float, metavar="X", help="time for each measurement of time (default: 5)"
     )
+    running.add_argument(
+        "--oracle",
+        type=int,
+        metavar="N",
+        help="compare the scores with the true effect of removing each channel, on N minibatches; takes forward passes "
+        "for every channel (default: 3 on digits, else 0)",
+    )
 
 
 def config_from(options: argparse.Namespace) -> RunConfig:
@@ -129,6 +136,7 @@ def config_from(options: argparse.Namespace) -> RunConfig:
         given.setdefault("epochs", 25)
         given.setdefault("every", 30)
         given.setdefault("round_to", "auto")
+        given.setdefault("oracle", 0)
     if given.get("weights") is not None:
         given.setdefault("lr", 1e-3)
     return RunConfig(**given)

@@ -49,6 +49,10 @@ class Measured:
     sources_compared: bool = False
     source_difference: float | None = None
     source_note: str | None = None
+    estimate_spearman: float | None = None
+    magnitude_spearman: float | None = None
+    oracle_examples: int = 0
+    oracle_note: str | None = None
     scoring_percent: float = math.nan
     step_ms: float = math.nan
     pruned_step_ms: float = math.nan
@@ -160,6 +164,10 @@ class Session:
     def train_batches(self) -> Iterator[Batch]:
         """Training batches of the first epoch of pruning; Ctrl-C stops between two of them."""
         return self._stoppable(itertools.islice(self.data.train(self.config.base_epochs), self.steps))
+
+    def oracle_batches(self) -> list[Batch]:
+        """What the scores are compared with the oracle on; Ctrl-C stops between two of them."""
+        return list(self._stoppable(itertools.islice(self.data.unaugmented(), self.config.oracle)))
 
     def _stoppable(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
