@@ -1,56 +1,153 @@
-"""Losses of a mini-batch without these or those units of a group, the fast way where a model allows it."""
+"""Losses of a mini-batch without these or those units, the fast way where a model allows it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from taylor_cuda.graph.groups import Groups
+from taylor_cuda.graph.observe import tolerance
+from taylor_cuda.graph.recorder import copy_model
 from taylor_cuda.study.batches import Batch, LossFn
 from taylor_cuda.study.naive import Drops, loss_without
+from taylor_cuda.study.recording import Recording, record
+from taylor_cuda.study.replay import Part, part_after
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "default_memory"]
+
+_ON_CPU = 64 * 2**20
+
+
+def default_memory(device: torch.device) -> int:
+    """Bytes that copies of a mini-batch may take: half of what is free on a GPU; on a CPU about what caches hold."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _ON_CPU
 
 
 class Evaluator:
     """Measures one model on one mini-batch after another.
 
+    The first removal of each group is measured in both ways. Where they differ, or the pass can't be recorded, a warning
+    says why, and from then on every removal is a whole forward pass.
+
     Args:
         model: in eval mode; call everything inside ``evaluating(model)``.
         groups: of this model.
         loss_fn: ``(outputs, targets)`` to the mean loss.
+        memory: bytes that copies of a mini-batch may take; ``None``: :func:`default_memory`.
 
     Attributes:
-        base: float64 scalar, the loss of the batch with nothing removed but ``removed``.
+        base: float64 scalar, the loss with nothing removed but what is ``off``.
+        macs: products computed so far; only what was recorded is counted.
+        passes: whole forward passes so far.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, loss_fn: LossFn) -> None:
-        self._model, self._groups, self._loss_fn = model, groups, loss_fn
-        self._removed: dict[str, Tensor] = {}
+    def __init__(self, model: nn.Module, groups: Groups, loss_fn: LossFn, memory: int | None = None) -> None:
+        self._model, self._groups, self._loss_fn, self._memory = model, groups, loss_fn, memory
+        self._twin: nn.Module | None = None
+        self._recording: Recording | None = None
+        self._parts: dict[str, Part] = {}
+        self._whole: set[str] = set()
+        self._checked: set[str] = set()
+        self._off: dict[str, Tensor] = {}
         self.base = torch.zeros(())
+        self.macs = self.passes = 0
+        try:
+            self._twin = copy_model(model).eval()
+        except Exception as error:
+            self._go_whole(groups.sizes(), f"the model can't be copied: {error}")
 
-    def start(self, batch: Batch, removed: Drops | None = None) -> None:
-        """Take a mini-batch; ``removed`` units are off in all that follows."""
-        self._batch = batch
-        self._removed = dict(removed or {})
-        self.base = self._naive({})
+    def _go_whole(self, names: Sequence[str] | dict[str, int], why: str) -> None:
+        """From now on these groups take whole forward passes."""
+        fresh = [name for name in names if name not in self._whole]
+        self._whole.update(fresh)
+        what = "every removal" if len(self._whole) == len(self._groups) else f"removals from {', '.join(fresh)}"
+        warnings.warn(f"oracle: {what} takes a whole forward pass: {why}", RuntimeWarning, stacklevel=2)
 
-    def _naive(self, drops: Mapping[str, Tensor]) -> Tensor:
-        together = dict(self._removed)
-        for name, drop in drops.items():
-            together[name] = drop | together[name] if name in together else drop
-        return loss_without(self._model, self._groups, self._loss_fn, self._batch, together).double()
+    def start(self, batch: Batch, names: Sequence[str], count: int = 1, off: Drops | None = None) -> None:
+        """Take a mini-batch.
 
-    def losses(self, name: str, drops: Tensor) -> Tensor:
+        Args:
+            batch: on the model's device.
+            names: the groups that will be asked for, in this order, each once.
+            count: units in each removal.
+            off: ``{group name: bool [size]}`` on the CPU, True = off in all that follows.
+        """
+        self._batch, self._off = batch, dict(off or {})
+        self._recording, self._parts = None, {}
+        fast = [name for name in names if name not in self._whole]
+        if fast and self._twin is not None:
+            keep = {name: (~drop).nonzero().flatten() for name, drop in self._off.items()}
+            try:
+                self._recording = record(self._twin, self._groups, self._loss_fn, batch, keep)
+                self._parts = {name: part_after(self._recording, self._groups[name], count) for name in fast}
+            except Exception as error:
+                self._recording, self._parts = None, {}
+                self._go_whole(self._groups.sizes(), f"{type(error).__name__}: {error}")
+        if self._recording is None:
+            self.base = self._whole_pass({})
+        else:
+            self.base = self._recording.base.double()
+            self.macs += self._recording.macs
+            self._forget()
+
+    def _forget(self) -> None:
+        """Let go of what no group that is still to come reads."""
+        if self._recording is not None:
+            needed = frozenset[int]().union(*(part.recorded for part in self._parts.values()))
+            values = self._recording.values
+            for value in values.keys() - needed:
+                del values[value]
+
+    def losses(self, name: str, units: Tensor) -> Tensor:
         """The loss without the units of each row.
 
         Args:
             name: of the group.
-            drops: bool ``[K, size]`` on the CPU, True = removed; equally many in every row.
+            units: int64 ``[K, count]`` on the CPU, distinct in a row, none of them off already.
 
         Returns:
-            float64 ``[K]`` on the model's device; nothing waits for it.
+            float64 ``[K]`` on the model's device; but for the first call for a group, nothing waits for it.
         """
-        return torch.stack([self._naive({name: drop}) for drop in drops])
+        part = self._parts.pop(name, None)
+        found: Tensor | None = None
+        if part is not None and len(units):
+            try:
+                found = self._replayed(part, units)
+            except Exception as error:
+                self._go_whole([name], f"{type(error).__name__}: {error}")
+        if part is not None:
+            del part
+            self._forget()
+        if found is not None and name not in self._checked:
+            self._checked.add(name)
+            expected = self._whole_pass({name: units[0]})
+            if not self._equal(found[0], expected):
+                self._go_whole([name], f"replayed the loss is {float(found[0]):.9g} instead of {float(expected):.9g}")
+                found = None
+        if found is None:
+            found = torch.stack([self._whole_pass({name: row}) for row in units]) if len(units) else self.base.new_empty(0)
+        return found
+
+    def _replayed(self, part: Part, units: Tensor) -> Tensor:
+        assert self._recording is not None
+        memory = default_memory(self.base.device) if self._memory is None else self._memory
+        copies = max(1, memory // part.bytes)
+        found = [part.losses(self._recording, rows) for rows in units.split(copies)]
+        self.macs += part.macs * len(units)
+        return torch.cat(found)
+
+    def _whole_pass(self, units: dict[str, Tensor]) -> Tensor:
+        drops = {name: drop.clone() for name, drop in self._off.items()}
+        for name, row in units.items():
+            drop = drops.setdefault(name, torch.zeros(self._groups[name].size, dtype=torch.bool))
+            drop[row] = True
+        self.passes += 1
+        return loss_without(self._model, self._groups, self._loss_fn, self._batch, drops).double()
+
+    def _equal(self, found: Tensor, expected: Tensor) -> bool:
+        """Equal to rounding, or not finite in the same way."""
+        bound = tolerance(self._model.parameters()) * max(1.0, abs(float(expected)))
+        return bool(torch.isclose(found, expected, rtol=0, atol=bound, equal_nan=True))

@@ -96,15 +96,15 @@ def oracle(
     """
     check_study(model, groups, loss_fn, "oracle", form=(form, FORMS), per=(per, ("set", "batch")))
     device = next(iter(named_tensors(model).values())).device
-    evaluator = Evaluator(model, groups, loss_fn)
+    evaluator = Evaluator(model, groups, loss_fn, memory)
     total = {group.name: torch.zeros(group.size, dtype=torch.float64, device=device) for group in groups}
     examples = 0
     with evaluating(model):
         for batch in mini_batches(batches, device):
-            evaluator.start(batch)
+            evaluator.start(batch, list(total))
             examples += batch.examples
             for group in groups:
-                losses = evaluator.losses(group.name, torch.eye(group.size, dtype=torch.bool))
+                losses = evaluator.losses(group.name, torch.arange(group.size)[:, None])
                 change = losses - evaluator.base
                 total[group.name] += batch.examples * (formed(change, form) if per == "batch" else change)
     if not examples:

@@ -99,13 +99,11 @@ def greedy_oracle(
     with evaluating(model):
         held = _held(batches, device, "greedy_oracle")
         for _ in range(removals):
-            left = {name: (~gone).nonzero().flatten() for name, gone in removed.items() if int((~gone).sum()) > 1}
-            changes = _mean_changes(
-                evaluator, held, removed, {n: _rows(u[:, None], removed[n]) for n, u in left.items()}
-            )
+            left = {name: (~gone).nonzero() for name, gone in removed.items() if int((~gone).sum()) > 1}
+            changes = _mean_changes(evaluator, held, removed, left)
             best = min(left, key=lambda name: float(formed(changes[name], form).min()))
             at = int(formed(changes[best], form).argmin())
-            order.append(Removal(best, int(left[best][at]), float(changes[best][at])))
+            order.append(Removal(best, int(left[best][at, 0]), float(changes[best][at])))
             removed[best][order[-1].unit] = True
     return order
 
@@ -153,29 +151,23 @@ def combinatorial_oracle(
         )
     device = next(iter(named_tensors(model).values())).device
     subsets = torch.tensor(list(combinations(range(sizes[group]), count)), dtype=torch.int64)
-    rows = _rows(subsets, torch.zeros(sizes[group], dtype=torch.bool))
     with evaluating(model):
         held = _held(batches, device, "combinatorial_oracle")
-        changes = _mean_changes(Evaluator(model, groups, loss_fn), held, {}, {group: rows})[group]
+        changes = _mean_changes(Evaluator(model, groups, loss_fn), held, {}, {group: subsets})[group]
     at = int(formed(changes, form).argmin())
     return BestSubset(subsets[at], float(changes[at]), subsets, changes)
 
 
-def _rows(units: Tensor, gone: Tensor) -> Tensor:
-    """Bool ``[rows, size]``: the units of each row, and those that are gone already."""
-    rows = gone.expand(units.shape[0], -1).clone()
-    return rows.scatter_(1, units, True)
-
-
 def _mean_changes(
-    evaluator: Evaluator, held: list[Batch], removed: dict[str, Tensor], rows: dict[str, Tensor]
+    evaluator: Evaluator, held: list[Batch], off: dict[str, Tensor], removals: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The change of the mean loss for each row of ``rows``, against that with only ``removed`` off."""
+    """The change of the mean loss for each row of units in ``removals``, against that with only ``off`` off."""
     examples = sum(batch.examples for batch in held)
     total: dict[str, Tensor] = {}
+    count = next(iter(removals.values())).shape[1]
     for batch in held:
-        evaluator.start(batch, removed)
-        for name, drops in rows.items():
-            change = batch.examples / examples * (evaluator.losses(name, drops) - evaluator.base)
+        evaluator.start(batch, list(removals), count, off)
+        for name, units in removals.items():
+            change = batch.examples / examples * (evaluator.losses(name, units) - evaluator.base)
             total[name] = total[name] + change if name in total else change
     return {name: change.cpu() for name, change in total.items()}
