@@ -112,7 +112,7 @@ def add_parser(commands: Any) -> None:
         type=int,
         metavar="N",
         help="compare the scores with the true effect of removing each channel, on N minibatches; takes forward passes "
-        "for every channel (default: 3 on digits, else 0)",
+        "for every channel (default: 6 on digits, else 0)",
     )
 
 

@@ -36,12 +36,14 @@ class Sensitivity:
     Attributes:
         intact: the mean loss of the model as it is.
         fractions: of a group's units that were kept, falling.
+        sizes: units of each group.
         kept: ``{group: units kept at each fraction}``.
         losses: ``{group: mean loss at each fraction}``; NaN where narrowing stopped early.
     """
 
     intact: float
     fractions: tuple[float, ...]
+    sizes: dict[str, int]
     kept: dict[str, list[int]]
     losses: dict[str, list[float]]
 
@@ -128,7 +130,7 @@ def sensitivity(
                 if group.name not in known.losses:
                     known.add(group.name, _narrow(group.name, drops[group.name], intact, stop_above, mean_loss))
     kept = {name: [int((~drop).sum()) for drop in rows] for name, rows in drops.items()}
-    return Sensitivity(intact, falling, kept, {name: known.losses[name] for name in drops})
+    return Sensitivity(intact, falling, groups.sizes(), kept, {name: known.losses[name] for name in drops})
 
 
 def _falling(fractions: Sequence[float]) -> tuple[float, ...]:

@@ -73,7 +73,7 @@ class RunConfig:
     workers: int = 2
     steps_limit: int | None = None
     measure_seconds: float = 5.0
-    oracle: int = 3
+    oracle: int = 6
 
     def __post_init__(self) -> None:
         whole = {
