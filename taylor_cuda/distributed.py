@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from taylor_cuda.errors import InputError, TaylorError
 
-__all__ = ["Replicas", "mean", "world_size"]
+__all__ = ["Replicas", "gathered", "mean", "together", "total", "world_size"]
 
 # Arguments of DistributedDataParallel that its attributes don't answer for: given anew, or refused by ``Replicas``.
 _NOT_ATTRIBUTES = {
@@ -36,11 +36,50 @@ def mean(tensor: Tensor, group: Any) -> Tensor:
         tensor: floating, of the same shape and dtype on every rank; not changed.
         group: a ``torch.distributed.ProcessGroup``, or ``None``.
     """
+    return tensor if world_size(group) == 1 else total(tensor, group) / world_size(group)
+
+
+def total(tensor: Tensor, group: Any) -> Tensor:
+    """The sum of a tensor over the ranks of a process group, bit-equal on all of them; the tensor without a group.
+
+    Args:
+        tensor: of the same shape and dtype on every rank; not changed.
+        group: a ``torch.distributed.ProcessGroup``, or ``None``.
+    """
     if world_size(group) == 1:
         return tensor
-    total = tensor.clone()
-    dist.all_reduce(total, group=group)
-    return total / world_size(group)
+    result = tensor.clone()
+    dist.all_reduce(result, group=group)
+    return result
+
+
+def gathered(text: str, group: Any) -> list[str]:
+    """What every rank of a process group gives, by rank; one text without a group."""
+    if world_size(group) == 1:
+        return [text]
+    texts = [""] * world_size(group)
+    dist.all_gather_object(texts, text, group=group)
+    return texts
+
+
+@contextmanager
+def together(what: str, group: Any) -> Iterator[None]:
+    """If the body raises on one rank, raise on all of them, instead of leaving the others to wait for it.
+
+    Raises:
+        TaylorError: it raised on other ranks only; names them and what they raised.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    messages = gathered("" if error is None else f"{type(error).__name__}: {error}", group)
+    if error is not None:
+        raise error
+    failed = [rank for rank, message in enumerate(messages) if message]
+    if failed:
+        raise TaylorError(f"{what} failed on {_ranks(failed)}: {messages[failed[0]]}; go on from a checkpoint")
 
 
 class Replicas:
@@ -84,7 +123,7 @@ class Replicas:
             TaylorError: names the ranks that differ.
         """
         by_digest: dict[str, list[int]] = {}
-        for rank, other in enumerate(self._gather(digest)):
+        for rank, other in enumerate(gathered(digest, self.group)):
             by_digest.setdefault(other, []).append(rank)
         if len(by_digest) > 1:
             parties = "; ".join(f"{_ranks(ranks)}: {text[:12]}" for text, ranks in by_digest.items())
@@ -93,31 +132,9 @@ class Replicas:
                 "apart, or they were given different arguments (a seed, a budget)"
             )
 
-    @contextmanager
-    def together(self, what: str) -> Iterator[None]:
-        """If the body raises on one rank, raise on all of them, instead of leaving the others to wait for it.
-
-        Raises:
-            TaylorError: it raised on other ranks only; names them and what they raised.
-        """
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as raised:
-            error = raised
-        messages = self._gather("" if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        failed = [rank for rank, message in enumerate(messages) if message]
-        if failed:
-            raise TaylorError(f"{what} failed on {_ranks(failed)}: {messages[failed[0]]}; go on from a checkpoint")
-
-    def _gather(self, text: str) -> list[str]:
-        if self.size == 1:
-            return [text]
-        gathered = [""] * self.size
-        dist.all_gather_object(gathered, text, group=self.group)
-        return gathered
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """:func:`together` over these replicas."""
+        return together(what, self.group)
 
     # -- wrapping --------------------------------------------------------------
 

@@ -45,16 +45,15 @@ def run_node(node: Node, copies: dict[int, Tensor], single: Values) -> dict[int,
         single: any other value, which all copies share.
     """
     at = [index for index, leaf in enumerate(node.flat) if isinstance(leaf, Ref) and leaf.value in copies]
-    flat = [leaf if not isinstance(leaf, Ref) else copies.get(leaf.value) for leaf in node.flat]
-    flat = [
-        single(leaf.value) if isinstance(leaf, Ref) and found is None else found
-        for leaf, found in zip(node.flat, flat, strict=True)
+    flat: list[Any] = [
+        leaf if not isinstance(leaf, Ref) else copies[leaf.value] if leaf.value in copies else single(leaf.value)
+        for leaf in node.flat
     ]
     if torch.Tag.pointwise in node.func.tags and _broadcasts(flat, at):
         results = _call(node, flat)
     elif node.func in _BATCH_NORMS and at == [0] and not _trains(node, flat):
         # copies are more examples to it; torch.vmap would lay them beside the channels, which costs two copies
-        results = [_unfolded(_call(node, [flat[0].flatten(0, 1), *flat[1:]])[0], flat[0])]
+        results = [_call(node, [flat[0].flatten(0, 1), *flat[1:]])[0].unflatten(0, flat[0].shape[:2])]
     elif node.func in _VIEWS:
         results = [flat[0].reshape(len(flat[0]), *flat[1:])]
     elif node.func in _ATTENTION and all(index < 3 for index in at):
@@ -67,10 +66,6 @@ def run_node(node: Node, copies: dict[int, Tensor], single: Values) -> dict[int,
 def _call(node: Node, flat: list[Any]) -> list[Tensor]:
     args, kwargs = tree_unflatten(flat, node.spec)
     return [leaf for leaf in tree_flatten(node.func(*args, **kwargs))[0] if isinstance(leaf, Tensor)]
-
-
-def _unfolded(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.unflatten(0, like.shape[:2])
 
 
 def _mapped(node: Node, flat: list[Any], at: list[int]) -> list[Tensor]:
@@ -97,12 +92,11 @@ def _trains(node: Node, flat: list[Any]) -> bool:
 
 def _attention(node: Node, flat: list[Any], at: list[int]) -> list[Tensor]:
     """Copies are more examples; a mask for each example is repeated."""
-    copies = flat[at[0]].shape[0]
     shape = flat[at[0]].shape[:2]
     folded = list(flat)
     for index, leaf in enumerate(flat):
         if index in at:
             folded[index] = leaf.flatten(0, 1)
         elif isinstance(leaf, Tensor) and (index < 3 or (leaf.dim() == 4 and leaf.shape[0] > 1)):
-            folded[index] = leaf.expand(copies, *leaf.shape).flatten(0, 1)
+            folded[index] = leaf.expand(shape[0], *leaf.shape).flatten(0, 1)
     return [_call(node, folded)[0].unflatten(0, shape)]

@@ -15,7 +15,7 @@ from taylor_cuda.errors import InputError
 from taylor_cuda.graph.groups import call_arguments
 from taylor_cuda.graph.recorder import leaves, map_tensors, undisturbed
 
-__all__ = ["Batch", "LossFn", "evaluating", "mini_batches", "scalar_loss"]
+__all__ = ["Batch", "LossFn", "evaluating", "hash_tensor", "mini_batches", "scalar_loss"]
 
 LossFn = Callable[[Any, Any], Tensor]
 """``loss_fn(outputs of the model, targets)``: the mean loss of a mini-batch, a scalar tensor."""
@@ -41,9 +41,14 @@ class Batch:
         """A hash of every value in the batch."""
         found = hashlib.sha256()
         for tensor in leaves((self.args, self.kwargs, self.targets)):
-            found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+            hash_tensor(found, tensor)
         return found.hexdigest()
+
+
+def hash_tensor(found: hashlib._Hash, tensor: Tensor) -> None:
+    """Take dtype, shape and every value of a tensor into a hash."""
+    found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
 
 
 def mini_batches(batches: Iterable[Any], device: torch.device) -> Iterator[Batch]:

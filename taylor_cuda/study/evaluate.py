@@ -29,8 +29,8 @@ def default_memory(device: torch.device) -> int:
 class Evaluator:
     """Measures one model on one mini-batch after another.
 
-    The first removal of each group is measured in both ways. Where they differ, or the pass can't be recorded, a warning
-    says why, and from then on every removal is a whole forward pass.
+    The first removal of each group is measured in both ways. Where they differ, or the pass can't be recorded, a
+    warning says why, and from then on removals are whole forward passes.
 
     Args:
         model: in eval mode; call everything inside ``evaluating(model)``.
@@ -128,7 +128,9 @@ class Evaluator:
                 self._go_whole([name], f"replayed the loss is {float(found[0]):.9g} instead of {float(expected):.9g}")
                 found = None
         if found is None:
-            found = torch.stack([self._whole_pass({name: row}) for row in units]) if len(units) else self.base.new_empty(0)
+            found = self.base.new_empty(len(units))
+            for at, row in enumerate(units):
+                found[at] = self._whole_pass({name: row})
         return found
 
     def _replayed(self, part: Part, units: Tensor) -> Tensor:

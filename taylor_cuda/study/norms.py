@@ -26,7 +26,8 @@ def normalised(func: Any, x: Tensor, vectors: tuple[Tensor | None, ...], eps: fl
     if func is F.layer_norm:
         wide = wide - torch.where(kept, wide, 0.0).sum(-1, keepdim=True) / count
     wide = torch.where(kept, wide, 0.0)
-    scale = torch.rsqrt(wide.square().sum(-1, keepdim=True) / count + (torch.finfo(x.dtype).eps if eps is None else eps))
+    floor = torch.finfo(x.dtype).eps if eps is None else eps
+    scale = torch.rsqrt(wide.square().sum(-1, keepdim=True) / count + floor)
     weight, bias = (*vectors, None)[:2]
     y = wide * scale if weight is None else wide * scale * weight
     return (y if bias is None else y + torch.where(kept, bias, 0.0)).to(x.dtype)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from taylor_cuda.distributed import gathered, together, total, world_size
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.checks import check_model, check_not_compacted
 from taylor_cuda.graph.groups import Groups, named_tensors
 from taylor_cuda.study.batches import LossFn, evaluating, mini_batches
 from taylor_cuda.study.evaluate import Evaluator
+from taylor_cuda.study.tally import Tally, study_key
 
 __all__ = ["FORMS", "Form", "Per", "check_study", "formed", "oracle"]
 
@@ -95,19 +99,80 @@ def oracle(
     Source: the oracle of Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, equation 1.
     """
     check_study(model, groups, loss_fn, "oracle", form=(form, FORMS), per=(per, ("set", "batch")))
-    device = next(iter(named_tensors(model).values())).device
-    evaluator = Evaluator(model, groups, loss_fn, memory)
-    total = {group.name: torch.zeros(group.size, dtype=torch.float64, device=device) for group in groups}
-    examples = 0
-    with evaluating(model):
-        for batch in mini_batches(batches, device):
-            evaluator.start(batch, list(total))
-            examples += batch.examples
-            for group in groups:
-                losses = evaluator.losses(group.name, torch.arange(group.size)[:, None])
-                change = losses - evaluator.base
-                total[group.name] += batch.examples * (formed(change, form) if per == "batch" else change)
-    if not examples:
-        raise InputError("oracle: batches: wanted at least one example, got none")
-    means = {name: (changes / examples).cpu() for name, changes in total.items()}
+    if resume is not None and not isinstance(resume, (str, Path)):
+        raise InputError(f"oracle: resume: wanted a path, got {type(resume).__name__}")
+    if memory is not None and memory < 1:
+        raise InputError(f"oracle: memory: wanted a number of bytes, got {memory}")
+    share = _Share(process_group)
+    with together("oracle", process_group):
+        tally = _measure(model, groups, loss_fn, batches, share, (form, per), progress, resume, memory)
+        if not tally.examples:
+            raise InputError("oracle: batches: wanted at least one example, got none")
+    if len(set(gathered(tally.batches(), process_group))) > 1:
+        raise InputError("oracle: batches: wanted the same on every rank (units are shared out, examples aren't)")
+    means = {name: total(mean, process_group).cpu() for name, mean in tally.means().items()}
     return {name: formed(mean, form) if per == "set" else mean for name, mean in means.items()}
+
+
+class _Share:
+    """Which units this rank measures."""
+
+    def __init__(self, group: Any) -> None:
+        self.size = world_size(group)
+        self.rank = 0 if self.size == 1 else dist.get_rank(group)
+
+    def units(self, size: int) -> Tensor:
+        """int64 ``[units, 1]``: every ``size``-th one."""
+        return torch.arange(self.rank, size, self.size)[:, None]
+
+    def path(self, resume: str | Path | None) -> Path | None:
+        """The file of this rank."""
+        if resume is None or self.size == 1:
+            return None if resume is None else Path(resume)
+        return Path(f"{resume}.{self.rank}of{self.size}")
+
+
+def _measure(
+    model: nn.Module,
+    groups: Groups,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    share: _Share,
+    how: tuple[Form, Per],
+    progress: bool,
+    resume: str | Path | None,
+    memory: int | None,
+) -> Tally:
+    """The changes of this rank's units over all batches."""
+    form, per = how
+    device = next(iter(named_tensors(model).values())).device
+    path = share.path(resume)
+    loss = getattr(loss_fn, "__qualname__", type(loss_fn).__qualname__)
+    key = "" if path is None else study_key(model, groups, *how, share.rank, share.size, loss)
+    tally = Tally(groups.sizes(), device, path, key)
+    evaluator = Evaluator(model, groups, loss_fn, memory)
+    each = {group.name: share.units(group.size) for group in groups}
+    removals = sum(len(units) for units in each.values())
+    count = len(batches) if isinstance(batches, Sized) else None
+    whole = None if count is None else count * removals
+    with (
+        evaluating(model),
+        tqdm(total=whole, desc="oracle", unit="unit", leave=False, disable=not progress or share.rank > 0) as bar,
+    ):
+        try:
+            for batch in mini_batches(batches, device):
+                todo = tally.start(batch, batch.digest() if path is not None or share.size > 1 else "")
+                bar.update(sum(len(units) for name, units in each.items() if name not in todo))
+                if not todo:
+                    continue
+                evaluator.start(batch, todo)
+                for name in todo:
+                    change = evaluator.losses(name, each[name]) - evaluator.base
+                    found = torch.zeros(groups[name].size, dtype=torch.float64, device=device)
+                    found[each[name].flatten()] = formed(change, form) if per == "batch" else change
+                    tally.add(name, found)
+                    bar.update(len(each[name]))
+                tally.finish(batch)
+        finally:
+            tally.save()
+    return tally

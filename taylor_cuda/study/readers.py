@@ -34,7 +34,7 @@ def subtracts(span: Span, x: Tensor, width: int) -> bool:
 
 
 def subtract_channels(span: Span, x: Tensor, y: Tensor, channels: Tensor) -> Tensor:
-    """A reader's output ``[K, …]`` without the channels of each row: what they add to it, y = Σ_c W_c x_c, is taken off.
+    """A reader's output ``[K, …]`` without the channels of each row: what they add, Σ_c W_c x_c, is taken off.
 
     Args:
         span: the call of the reader.
@@ -75,7 +75,8 @@ def _subtract_products(
     space = y.dim() - 2
     stride = arguments.get("stride", 1)
     steps = (stride,) * space if isinstance(stride, int) else tuple(stride) * (space if len(stride) == 1 else 1)
-    taken = x.index_select(1, channels)[(..., *(slice(None, None, step) for step in steps))]
+    slices: tuple[slice, ...] = (slice(None), slice(None), *(slice(None, None, step) for step in steps))
+    taken = x.index_select(1, channels)[slices]
     return torch.addcmul(
         y, taken.movedim(1, 0).unsqueeze(2), factors.view(len(channels), 1, -1, *(1,) * space), value=-1
     )

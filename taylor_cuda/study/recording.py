@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from torch.utils.flop_counter import flop_registry
 
 from taylor_cuda.errors import TaylorError
 from taylor_cuda.graph.groups import Groups, named_tensors
@@ -26,7 +25,7 @@ from taylor_cuda.graph.sites import READER_FUNCTIONS, RMS_NORMS
 from taylor_cuda.study.batches import Batch, LossFn, scalar_loss
 from taylor_cuda.study.norms import normalised
 
-__all__ = ["Mark", "Node", "Recording", "Ref", "Span", "Unrecordable", "record"]
+__all__ = ["Mark", "Node", "Recording", "Ref", "Span", "UnrecordableError", "record"]
 
 _LIBRARY = torch.library.Library("taylor_cuda_study", "DEF")
 _LIBRARY.define("mark(Tensor x, int place) -> Tensor")
@@ -36,7 +35,7 @@ _LOSS = -1
 _aten = torch.ops.aten
 
 
-class Unrecordable(TaylorError):
+class UnrecordableError(TaylorError):
     """An op that a list of ops can't hold: it changes something, draws numbers, or its result isn't a tensor."""
 
 
@@ -147,7 +146,10 @@ class _Ops(TorchDispatchMode):
     """Notes the ops of a pass and runs them."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports Triton where there is one
+
         super().__init__()  # type: ignore[no-untyped-call]
+        self._flops = flop_registry
         self.recording = Recording()
         self.spans: list[Span] = []
         self.over = False
@@ -173,10 +175,10 @@ class _Ops(TorchDispatchMode):
             with self:  # torch.vmap has no rule for it
                 return args[1].to(args[0]).expand(args[0].shape)
         if func._schema.is_mutable and not self.over:
-            raise Unrecordable(f"{func} changes a tensor from before the forward pass")
+            raise UnrecordableError(f"{func} changes a tensor from before the forward pass")
         out = func(*args, **kwargs)
         packet = func.overloadpacket
-        macs = flop_registry[packet](*args, **kwargs, out_val=out) // 2 if packet in flop_registry else 0
+        macs = self._flops[packet](*args, **kwargs, out_val=out) // 2 if packet in self._flops else 0
         self.recording.macs += macs
         leaves, spec = tree_flatten((args, kwargs))
         flat = tuple(self._ref(leaf) for leaf in leaves)
@@ -211,14 +213,14 @@ def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: li
     names = [argument.name for argument in func._schema.arguments]
     dropout = {**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p", 0.0)
     if torch.Tag.nondeterministic_seeded in tags and not ("dropout_p" in names and dropout == 0.0):
-        raise Unrecordable(f"{func} draws random numbers")
+        raise UnrecordableError(f"{func} draws random numbers")
     if not results or torch.Tag.data_dependent_output in tags:
-        raise Unrecordable(f"{func} makes Python values out of tensors")
+        raise UnrecordableError(f"{func} makes Python values out of tensors")
     by_number = func is _aten.index.Tensor and not any(
         index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
     )
     if torch.Tag.dynamic_output_shape in tags and not by_number:
-        raise Unrecordable(f"{func} gives a tensor whose shape depends on values")
+        raise UnrecordableError(f"{func} gives a tensor whose shape depends on values")
 
 
 class _Marking(MaskedForward):
@@ -273,9 +275,7 @@ class _Marking(MaskedForward):
         return y if span is None else self._leave(span, y)
 
 
-def record(
-    model: nn.Module, groups: Groups, loss_fn: LossFn, batch: Batch, keep: Mapping[str, Tensor]
-) -> Recording:
+def record(model: nn.Module, groups: Groups, loss_fn: LossFn, batch: Batch, keep: Mapping[str, Tensor]) -> Recording:
     """Run the model and the loss once, and note what comes after a reader's input.
 
     Args:
@@ -286,7 +286,7 @@ def record(
         keep: ``{group name: int64 indices}`` of the units that aren't off already.
 
     Raises:
-        Unrecordable: names the op that can't be recorded.
+        UnrecordableError: names the op that can't be recorded.
         Exception: whatever the pass raises under ``functionalize``.
     """
     ops = _Ops()

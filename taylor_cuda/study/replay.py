@@ -32,7 +32,7 @@ class _Removed:
     kept: dict[str, Tensor]
 
     def kept_along(self, name: str, dims: int, dim: int) -> Tensor:
-        """bool ``[K, 1, …, channels, …, 1]``, for a tensor of ``dims`` dimensions with copies in front."""
+        """Bool ``[K, 1, …, channels, …, 1]``, for a tensor of ``dims`` dimensions with copies in front."""
         mask = self.kept[name]
         shape = [1] * dims
         shape[dim] = mask.shape[1]
@@ -108,7 +108,8 @@ class _Normalise(_Step):
         x, span = _source(self._mark, recording, copies), self._mark.span
         kept = removed.kept_along(span.name, self._mark.dims, span.dim)
         kept = kept if span.base is None else kept & span.base
-        return {self.outputs[0]: normalised(span.func, x, *span.args, kept)}
+        vectors, eps = span.args
+        return {self.outputs[0]: normalised(span.func, x, vectors, eps, kept)}
 
 
 class _Subtract(_Step):
