@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -46,6 +47,7 @@ def compare(
     loss: Any = None,
     seed: int = 0,
     progress: bool = False,
+    resume: str | Path | None = None,
 ) -> Comparison:
     """Compare what criteria say about every unit with what its removal does to the loss.
 
@@ -68,6 +70,7 @@ def compare(
         loss: what ``tc.Importance`` is told of the loss; ``None``: ``loss_fn``.
         seed: of ``"random"`` and of random probes.
         progress: show bars.
+        resume: see ``tc.oracle``, which takes most of the time.
 
     Raises:
         InputError: an argument that can't be used. A criterion that this model can't have is no error: its row says
@@ -80,7 +83,7 @@ def compare(
     held = list(batches)
     started = perf_counter()
     if truth is None:
-        truth = oracle(model, groups, loss_fn, held, progress=progress)
+        truth = oracle(model, groups, loss_fn, held, progress=progress, resume=resume)
     oracle_seconds = perf_counter() - started
     squares = {name: change.detach().double().square() for name, change in truth.items()}
     agreement(squares, {group.name: torch.empty(group.size) for group in groups})  # raises unless it fits

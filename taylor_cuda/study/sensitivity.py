@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,11 +16,12 @@ from tqdm import tqdm
 from taylor_cuda.errors import InputError
 from taylor_cuda.files import replacing
 from taylor_cuda.graph.groups import ChannelGroup, Groups, named_tensors
-from taylor_cuda.study.batches import Batch, LossFn, evaluating, mini_batches
+from taylor_cuda.study.batches import LossFn, evaluating, mini_batches
 from taylor_cuda.study.compare import score
 from taylor_cuda.study.comparison import plain
 from taylor_cuda.study.naive import loss_without
 from taylor_cuda.study.oracle import check_study
+from taylor_cuda.study.tally import study_key
 from taylor_cuda.text import table
 
 __all__ = ["FRACTIONS", "Sensitivity", "sensitivity"]
@@ -122,7 +122,9 @@ def sensitivity(
             return float(torch.stack(parts).sum()) / sum(batch.examples for batch in there)
 
         intact = mean_loss({})
-        key = _key(model, groups, drops, there, [falling, stop_above, intact])
+        chosen = {name: [drop.tolist() for drop in rows] for name, rows in drops.items()}
+        digests = [batch.digest() for batch in there]
+        key = study_key(model, groups, "sensitivity", chosen, stop_above, intact, digests)
         known = _Cache(None if cache is None else Path(cache), key)
         with tqdm(groups, desc="sensitivity", leave=False, disable=not progress) as bar:
             for group in bar:
@@ -174,22 +176,6 @@ def _narrow(
             count, last = int(drop.sum()), mean_loss({name: drop})
         losses.append(last)
     return losses
-
-
-def _key(
-    model: nn.Module, groups: Groups, drops: Mapping[str, Sequence[Tensor]], batches: Sequence[Batch], options: Any
-) -> str:
-    found = hashlib.sha256(json.dumps(options, allow_nan=True).encode())
-    for name, tensor in named_tensors(model).items():
-        found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
-    for group in groups:
-        found.update(f"{group.name}{group.kept.tolist()}".encode())
-        for drop in drops[group.name]:
-            found.update(drop.numpy().tobytes())
-    for batch in batches:
-        found.update(batch.digest().encode())
-    return found.hexdigest()
 
 
 class _Cache:

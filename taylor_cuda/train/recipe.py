@@ -81,7 +81,7 @@ class Stages:
         """Run every stage that is left."""
         session = self.session
         if session.position.stage == "base":
-            self._base()
+            self.base()
             session.position = Position("oracle")
         if session.position.stage == "oracle":
             self._ask_oracle()
@@ -124,7 +124,8 @@ class Stages:
         self.tell(f"{before}: accuracy {quality.accuracy:.4f}")
         return quality.accuracy
 
-    def _base(self) -> None:
+    def base(self) -> None:
+        """Base training, from where the session stands in it."""
         session, epochs, peak = self.session, self.config.base_epochs, self.config.lr
         total = epochs * session.steps
         step = plain_step(session.model, session.optimizer)
