@@ -87,7 +87,7 @@ def _scatter(panel: Any, row: Row, truth: Mapping[str, Tensor]) -> None:
     true = torch.cat([truth[name].abs() for name in truth])
     estimate = torch.cat([row.scores[name].double().abs().sqrt() for name in truth])
     x, y = (_above_zero(values) for values in (true, estimate))
-    panel.scatter(x, y, s=7, color=COLOURS.get(row.criterion, REST), alpha=0.55, linewidths=0)
+    panel.scatter(x.tolist(), y.tolist(), s=7, color=COLOURS.get(row.criterion, REST), alpha=0.55, linewidths=0)
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.yaxis.set_minor_formatter(lambda _value, _place: "")
@@ -217,7 +217,7 @@ def write_sensitivity_png(sensitivity: Sensitivity, path: Path, title: str = "")
         shown = losses.nan_to_num(nan=top, posinf=top)
         # From the loss of the whole model at the light end: a loss that falls is as light.
         least = sensitivity.intact
-        image = panel.imshow(shown, cmap="Blues", aspect="auto", vmin=least, vmax=max(top, least))
+        image = panel.imshow(shown.tolist(), cmap="Blues", aspect="auto", vmin=least, vmax=max(top, least))
         for line, row in enumerate(losses.tolist()):
             for column, loss in enumerate(row):
                 dark = image.norm(shown[line, column].item()) > 0.55

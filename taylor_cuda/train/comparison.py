@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taylor_cuda.errors import InputError
-from taylor_cuda.graph import trace
+from taylor_cuda.graph import Groups, trace
 from taylor_cuda.study import Comparison, Sensitivity, compare, sensitivity
 from taylor_cuda.study.compare import BUDGETS, criteria_named
 from taylor_cuda.train.config import RunConfig
@@ -83,17 +83,18 @@ def run(
         RunInterruptedError: Ctrl-C; the state was saved.
     """
     session = Session(config)
+    groups = trace(session.model, session.probe[:2], ignore=config.ignore)
     if resume:
         session.restore()
     else:
-        session.begin()
+        session.begin_log()
         (config.out / ORACLE).unlink(missing_ok=True)
     with stop_between_steps() as session.stop:
         try:
             if session.position.stage == "base":
                 Stages(session, tell, progress).base()
                 session.position = Position("compare")
-            answer = _ask(session, question, progress)
+            answer = _ask(session, groups, question, progress)
             finish(answer)
         except KeyboardInterrupt:
             session.save()
@@ -105,10 +106,9 @@ def run(
     return answer
 
 
-def _ask(session: Session, question: Question, progress: bool) -> Answer:
+def _ask(session: Session, groups: Groups, question: Question, progress: bool) -> Answer:
     config, model = session.config, session.model
     batches = list(itertools.islice(session.data.unaugmented(), question.batches))
-    groups = trace(model, session.probe[:2], ignore=config.ignore)
     common: dict[str, Any] = {"loss": "cross_entropy", "seed": config.seed, "progress": progress}
 
     def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:

@@ -142,6 +142,10 @@ class Session:
     def begin(self) -> None:
         """Refuse now what would only show after base training; then start the log of a new run."""
         self.new_pruner(copy.deepcopy(self.model), None).importance.close()
+        self.begin_log()
+
+    def begin_log(self) -> None:
+        """The log of a new run."""
         self.config.out.mkdir(parents=True, exist_ok=True)
         (self.config.out / LOG).unlink(missing_ok=True)
         self.log({"event": "start", **self.config.identity(), "environment": environment(self.device)})
