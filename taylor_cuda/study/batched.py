@@ -75,7 +75,14 @@ def _mapped(node: Node, flat: list[Any], at: list[int]) -> list[Tensor]:
             mine[index] = tensor
         return tuple(_call(node, mine))
 
-    return list(torch.vmap(once)(*(flat[index] for index in at)))
+    inputs = [flat[index] for index in at]
+    try:
+        return list(torch.vmap(once)(*inputs))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # a rule that is missing or wrong, as torch 2.14's for slice_scatter: one copy after the other
+        rows = [once(*row) for row in zip(*inputs, strict=True)]
+        return [torch.stack(results) for results in zip(*rows, strict=True)]
 
 
 def _broadcasts(flat: list[Any], at: list[int]) -> bool:

@@ -88,7 +88,7 @@ def oracle(
         progress: show a bar.
         resume: a file to write what was measured to now and then, and to go on from if it is there.
         process_group: share the units out over these ranks, each of which has the same batches and gets all results.
-        memory: bytes that copies of a mini-batch may take. ``None``: half of what is free on a GPU, 256 MiB on a CPU.
+        memory: bytes that copies of a mini-batch may take. ``None``: half of what is free on a GPU, 32 MiB on a CPU.
 
     Returns:
         ``{group name: float64 [size]}`` on the CPU.

@@ -6,7 +6,7 @@ Where units would be removed, at inputs of readers and in normalisations whose s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,12 +18,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from taylor_cuda.errors import TaylorError
 from taylor_cuda.graph.groups import Groups, named_tensors
-from taylor_cuda.graph.mask import MaskedForward
+from taylor_cuda.graph.mask import MaskedForward, position_masks
 from taylor_cuda.graph.observe import reader_weights
 from taylor_cuda.graph.recorder import copied
-from taylor_cuda.graph.sites import READER_FUNCTIONS, RMS_NORMS
+from taylor_cuda.graph.sites import READER_FUNCTIONS
 from taylor_cuda.study.batches import Batch, LossFn, scalar_loss
-from taylor_cuda.study.norms import normalised
 
 __all__ = ["Mark", "Node", "Recording", "Ref", "Span", "UnrecordableError", "record"]
 
@@ -32,6 +31,7 @@ _LIBRARY.define("mark(Tensor x, int place) -> Tensor")
 _LIBRARY.impl("mark", lambda x, place: x.clone(), "CompositeExplicitAutograd")
 _mark: Callable[[Tensor, int], Tensor] = torch.ops.taylor_cuda_study.mark.default
 _LOSS = -1
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _aten = torch.ops.aten
 
 
@@ -73,7 +73,7 @@ class Node:
         return args, kwargs
 
 
-@dataclass
+@dataclass(eq=False)
 class Span:
     """The call of a reader or of a normalisation.
 
@@ -145,11 +145,12 @@ class Recording:
 class _Ops(TorchDispatchMode):
     """Notes the ops of a pass and runs them."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Iterable[Tensor]) -> None:
         from torch.utils.flop_counter import flop_registry  # imports Triton where there is one
 
         super().__init__()  # type: ignore[no-untyped-call]
         self._flops = flop_registry
+        self._before = {tensor.untyped_storage()._cdata for tensor in before}
         self.recording = Recording()
         self.spans: list[Span] = []
         self.over = False
@@ -175,20 +176,53 @@ class _Ops(TorchDispatchMode):
             with self:  # torch.vmap has no rule for it
                 return args[1].to(args[0]).expand(args[0].shape)
         if func._schema.is_mutable and not self.over:
-            raise UnrecordableError(f"{func} changes a tensor from before the forward pass")
+            return self._in_place(func, args, kwargs)
         out = func(*args, **kwargs)
         packet = func.overloadpacket
         macs = self._flops[packet](*args, **kwargs, out_val=out) // 2 if packet in self._flops else 0
         self.recording.macs += macs
         leaves, spec = tree_flatten((args, kwargs))
-        flat = tuple(self._ref(leaf) for leaf in leaves)
+        self._note(func, (args, kwargs), tuple(self._ref(leaf) for leaf in leaves), spec, out, macs)
+        return out
+
+    def _note(self, func: Any, given: Inputs, flat: tuple[Any, ...], spec: TreeSpec, out: Any, macs: int = 0) -> None:
+        """Add an op, if it reads a value."""
         inputs = frozenset(leaf.value for leaf in flat if isinstance(leaf, Ref))
         if not inputs or self.over:
-            return out
+            return
         results = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
-        _check(func, args, kwargs, results)
+        _check(func, *given, results)
         outputs = tuple(self._new(tensor) for tensor in results)
         self.recording.nodes.append(Node(func, flat, spec, inputs, outputs, macs))
+
+    def _in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Ops that are part of another one change what that one made; noted is the op that gives a new tensor.
+
+        Raises:
+            UnrecordableError: something that was noted already, or that is older than the pass, would change with it.
+        """
+        target, value = args[0], self._value.get(id(args[0]))
+        storage = target.untyped_storage()._cdata
+        constants = [leaf for node in self.recording.nodes if isinstance(node, Node) for leaf in node.flat]
+        held = [tensor for at, tensor in self.recording.values.items() if at != value]
+        held += [leaf for leaf in constants if isinstance(leaf, Tensor)]
+        if storage in self._before or any(tensor.untyped_storage()._cdata == storage for tensor in held):
+            raise UnrecordableError(f"{func} changes a tensor that is used elsewhere")
+        if func is _aten.as_strided_.default:
+            if not _relabels(*args):
+                raise UnrecordableError(f"{func} changes a layout")
+            return func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::").removesuffix("_")
+        fresh = getattr(getattr(_aten, name, None), func._overloadname, None)
+        old = target.clone()
+        if value is not None:
+            self.recording.values[value] = old
+        leaves, spec = tree_flatten((args, kwargs))
+        flat = (old if value is None else Ref(value), *(self._ref(leaf) for leaf in leaves[1:]))
+        if fresh is None and any(isinstance(leaf, Ref) for leaf in flat):
+            raise UnrecordableError(f"{func} has no form that changes nothing")
+        out = func(*args, **kwargs)
+        self._note(fresh, (args, kwargs), flat, spec, target)
         return out
 
     def _marked(self, x: Tensor, place: int) -> Tensor:
@@ -205,6 +239,12 @@ class _Ops(TorchDispatchMode):
             span.first = len(nodes)
         nodes.append(Mark(span, source, self._new(out), x.dim()))
         return cast(Tensor, out)
+
+
+def _relabels(x: Tensor, size: Any, stride: Any, offset: int | None = None) -> bool:
+    """Whether ``as_strided_`` leaves each element where it is: only strides along a single element change."""
+    same = all(new == old for new, old, length in zip(stride, x.stride(), x.shape, strict=False) if length > 1)
+    return tuple(size) == tuple(x.shape) and same and offset in (None, x.storage_offset())
 
 
 def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]) -> None:
@@ -232,6 +272,7 @@ class _Marking(MaskedForward):
         self._name_of = {id(tensors[name]): name for name in reader_weights(groups)}
         norms = {member.tensor for group in groups for member in group.role("norm")}
         self._norm_name = {id(tensors[name]): name for name in norms}
+        self._base = position_masks(model, groups, keep, "norm")
         self._ops = ops
         self._entered: Span | None = None
 
@@ -260,19 +301,11 @@ class _Marking(MaskedForward):
         self, func: Any, input: Tensor, shape: Any, vectors: tuple[Tensor | None, ...], eps: float | None
     ) -> Tensor:
         weight = next((vector for vector in vectors if vector is not None), None)
-        name, kept = self._norm_name.get(id(weight)), self._norm.get(id(weight))
-        base: Tensor | None = None
-        if kept is not None:
-            base = torch.zeros(shape, dtype=torch.bool, device=input.device).index_fill(0, kept, True)
-        span = None if name is None else Span("norm", name, input.dim() - 1, func, (vectors, eps), base=base)
-        x = input if span is None else self._enter(span, input)
-        if func in RMS_NORMS and len(shape) == 1:
-            # in parts: what torch makes of it has in-place ops that functionalize doesn't meet
-            everything = torch.ones(shape, dtype=torch.bool, device=input.device)
-            y = normalised(func, x, vectors, eps, everything if base is None else base)
-        else:
-            y = super()._normalised(func, x, shape, vectors, eps)
-        return y if span is None else self._leave(span, y)
+        name = self._norm_name.get(id(weight))
+        if name is None:
+            return super()._normalised(func, input, shape, vectors, eps)
+        span = Span("norm", name, input.dim() - 1, func, (vectors, eps), base=self._base.get(name))
+        return self._leave(span, super()._normalised(func, self._enter(span, input), shape, vectors, eps))
 
 
 def record(model: nn.Module, groups: Groups, loss_fn: LossFn, batch: Batch, keep: Mapping[str, Tensor]) -> Recording:
@@ -289,7 +322,7 @@ def record(model: nn.Module, groups: Groups, loss_fn: LossFn, batch: Batch, keep
         UnrecordableError: names the op that can't be recorded.
         Exception: whatever the pass raises under ``functionalize``.
     """
-    ops = _Ops()
+    ops = _Ops(named_tensors(model).values())
     marking = _Marking(model, groups, keep, ops)
     flat, spec = tree_flatten(copied((batch.args, batch.kwargs)))
     at = [index for index, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
