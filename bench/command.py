@@ -61,6 +61,8 @@ def run(asked: argparse.Namespace) -> int:
     deadline = started + asked.time_limit if asked.time_limit else float("inf")
     # A quick run is for seeing that everything works: its figures go nowhere unless a folder was named.
     results = asked.results or (None if asked.quick else RESULTS)
+    # As training loops have it: every convolution, whoever calls it, is the fastest of those that cuDNN has.
+    torch.backends.cudnn.benchmark = options.cuda
     rows, wrong = measure(chosen, options, results, deadline)
     print("\n" + text(rows))
     try:

@@ -184,7 +184,7 @@ def _rounds(race: Race, one: Checked, providers: int, options: Options) -> int:
     """Turns of one provider in its share of the time; five or the race's least, three where a call takes seconds."""
     if one.seconds >= LONG_S:
         return 0
-    sample = max(one.seconds, MIN_SAMPLE_S[options.device])
+    sample = max(race.calls * one.seconds, MIN_SAMPLE_S[options.device])
     least = 5 if sample < 1.0 else 3
     least = min(least, 3) if options.quick else max(least, race.least)
     seconds = options.seconds if race.seconds is None else race.seconds
@@ -194,7 +194,7 @@ def _rounds(race: Race, one: Checked, providers: int, options: Options) -> int:
 def _sampler(race: Race, one: Checked, timer: str, options: Options) -> Callable[[], float]:
     """A function that takes one sample: microseconds per call."""
     run, inputs = one.provider.run, race.inputs
-    calls = max(1, min(MAX_CALLS, math.ceil(MIN_SAMPLE_S[options.device] / one.seconds)))
+    calls = max(race.calls, min(MAX_CALLS, math.ceil(MIN_SAMPLE_S[options.device] / one.seconds)))
     if timer == "wall":
         turn = _turns(inputs)
 

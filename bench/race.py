@@ -113,6 +113,7 @@ class Race:
         rounds: at most.
         least: rounds at least, whatever time they take; on a quick run as few as elsewhere.
         seconds: for all rounds together, where that is not the run's figure.
+        calls: in one sample at least, with nobody waiting for the device between them, as in a loop.
     """
 
     key: Key
@@ -126,6 +127,7 @@ class Race:
     rounds: int = 50
     least: int = 0
     seconds: float | None = None
+    calls: int = 1
 
 
 @dataclass(frozen=True)

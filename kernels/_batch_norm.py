@@ -62,14 +62,15 @@ def _before_relu(g, z):
 
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
-    x_ptr, mean_ptr, m2_ptr, channels, length, tiles, splits,
+    x_ptr, shift_ptr, step_ptr, m2_ptr, channels, length, tiles, splits,
     COLUMNS: tl.constexpr, UNIT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, TRIPS: tl.constexpr,
     WIDE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Store mean[n, s, c] of split s, and m2, its sum of squared differences from that. Grid (samples*splits*tiles,).
+    """Store shift[n, s, c] + step[n, s, c], the mean of split s, and m2, its sum of squared differences from that.
 
-    Squares are those of differences from the first tile's mean. That tile is one of at most 16, so that the variance
-    is at least a sixteenth of their mean, whatever the numbers are: no digits are lost where mean >> deviation.
+    Grid (samples*splits*tiles,). Squares are those of differences from the first tile's mean. That tile is one of at
+    most 16, so that the variance is at least a sixteenth of their mean, whatever the numbers are: no digits are lost
+    where mean >> deviation. Nor are those that tell splits apart, for their means stay in two parts.
     """
     channels = channels.to(tl.int64) * (UNIT if COLUMNS else 1)
     length = length.to(tl.int64) * (1 if COLUMNS else UNIT)
@@ -96,7 +97,8 @@ def moments_kernel(
     step = tl.sum(total, axis=0) / size
     m2 = tl.sum(squares, axis=0) - size * step * step
     place = (program // tiles).to(tl.int64) * channels + c
-    tl.store(mean_ptr + place, shift + step, mask=c < channels)
+    tl.store(shift_ptr + place, shift, mask=c < channels)
+    tl.store(step_ptr + place, step, mask=c < channels)
     tl.store(m2_ptr + place, m2, mask=c < channels)
 
 
@@ -109,7 +111,7 @@ def _moved(pointer, value, c, inside, momentum):
 
 @triton.jit(do_not_specialize=("parts", "channels", "length", "splits", "span", "momentum", "eps"))
 def statistics_kernel(
-    part_mean_ptr, part_m2_ptr, running_mean_ptr, running_var_ptr, mean_ptr, invstd_ptr,
+    part_shift_ptr, part_step_ptr, part_m2_ptr, running_mean_ptr, running_var_ptr, mean_ptr, invstd_ptr,
     parts, channels, length, splits, span, momentum, eps,
     TRAINING: tl.constexpr, RUNNING: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +129,7 @@ def statistics_kernel(
             place = part.to(tl.int64)[:, None] * channels + c[None, :]
             mask = (part < parts)[:, None] & inside[None, :]
             count = tl.where(part % splits == splits - 1, last, full)[:, None]
-            total += count * tl.load(part_mean_ptr + place, mask=mask, other=0.0)
+            total += count * tl.load(part_shift_ptr + place, mask=mask, other=0.0)
             p += BLOCK_P
         middle = tl.sum(total, axis=0) / size
         total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
@@ -138,7 +140,8 @@ def statistics_kernel(
             place = part.to(tl.int64)[:, None] * channels + c[None, :]
             mask = (part < parts)[:, None] & inside[None, :]
             count = tl.where(part % splits == splits - 1, last, full)[:, None]
-            off = tl.where(mask, tl.load(part_mean_ptr + place, mask=mask, other=0.0) - middle[None, :], 0.0)
+            shift = tl.load(part_shift_ptr + place, mask=mask, other=0.0) - middle[None, :]
+            off = tl.where(mask, shift + tl.load(part_step_ptr + place, mask=mask, other=0.0), 0.0)
             total += count * off
             m2 += tl.load(part_m2_ptr + place, mask=mask, other=0.0) + count * off * off
             p += BLOCK_P

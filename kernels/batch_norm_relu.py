@@ -8,8 +8,9 @@ Strides      x channels_last or NCHW without gaps, other ones are copied first; 
 Dtypes       x: fp32, fp16, bf16. Vectors: fp32 or that of x. Everything is formed in fp32; sums are fp32
 Bytes        with E = N*C*L*itemsize. Training: forward 3 E (x twice, y), with a residual 4; backward 5 E (x, g twice,
              gx), with a residual 7: its gradient g' is written first, and the second pass reads it instead of g and y.
-             Evaluation: forward 2 E (3); backward 5 E (7), where nothing but gx and g' is wanted 3 (5). Beside that 16
-             bytes for each channel, sample and split. Kept for the backward pass: x (E), with a residual y (E), 8*C
+             Evaluation: forward 2 E (3); backward 5 E (7), where nothing but gx and g' is wanted 3 (5). Beside that 28
+             bytes for each channel, sample and split, backward 16. Kept for the backward pass: x (E), with a residual
+             y (E), 8*C
 Grid         one program per split of tiles of 4,096 elements; second passes in reverse, towards what the cache holds
              yet. Launches: 3 forward (2 in evaluation mode), 3 backward (1)
 Determinism  yes: no atomics; splits follow from shape, strides and type
@@ -156,9 +157,9 @@ def _launch_statistics(
     momentum: float,
     eps: float,
 ) -> None:
-    parts: list[Tensor | None] = [None, None]
+    parts: list[Tensor | None] = [None, None, None]
     if training:
-        parts = [results[0].new_empty((grid.parts, grid.channels)) for _ in range(2)]
+        parts = [results[0].new_empty((grid.parts, grid.channels)) for _ in range(3)]
         _batch_norm.moments_kernel[(grid.parts * grid.tiles,)](
             x, *parts, *grid.sizes, GROUP=grid.group, **grid.constants
         )

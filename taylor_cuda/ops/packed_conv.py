@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taylor_cuda.ops import backends, reference
+from taylor_cuda.ops import backends, folded_conv, reference
 from taylor_cuda.ops.keep import Channels, entries_of
 from taylor_cuda.ops.reference_conv import kept_mask, strides_laid_as
+
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
 
 CUDNN_CHANNELS = 16  # cuDNN copies tensors whose channels are no multiple of 8, and its tiles are 16 wide
 
@@ -60,7 +62,7 @@ def masked_conv2d_forward(
     else:
         given = _pack(x, packing.inputs)
         compact = _scaled(weight, scale, packing).to(x.dtype).contiguous(memory_format=_format_of(given))
-        y = torch.conv2d(given, compact, shift, stride, padding, dilation, packing.groups)
+        y = _convolve(given, compact, shift, (stride, padding, dilation, packing.groups))
     y = _laid(y.relu_() if relu else y, strides_laid_as(x, y.shape))
     channels = keep_out.shape[0] if packed and keep_out is not None else weight.shape[0]
     y = _unpack(y, packing.outputs, channels)
@@ -91,15 +93,45 @@ def masked_conv2d_backward(
         return gx, gw, gb
     given = _pack(x, packing.inputs)
     kept = _scaled(weight, None, packing).contiguous(memory_format=_format_of(given))
-    found = torch.ops.aten.convolution_backward(
-        compact, given, kept, [kept.shape[0]], stride, padding, dilation, False, [0, 0], packing.groups, list(needs)
-    )
+    found = _convolve_backward(compact, given, kept, (stride, padding, dilation, packing.groups), list(needs))
     if needs[0]:
         gx = _unpack(_laid(found[0], strides_laid_as(x, found[0].shape)), packing.inputs, x.shape[1])
         gx = _laid(gx, torch.empty_like(x, device="meta").stride())
     if needs[1]:
         gw = _weight_gradient(found[1], weight, packing)
     return gx, gw, _among_rows(found[2], packing, weight.shape[0]) if needs[2] else gb
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    folding = folded_conv.folding_of(x, weight, *geometry)
+    if folding is None:
+        return torch.conv2d(x, weight, bias, *geometry)
+    return folded_conv.choose(
+        ("forward", x.device, x.dtype, x.shape, x.stride(), weight.shape[0], folding),
+        lambda: folded_conv.convolve(x, weight, bias, folding),
+        lambda: torch.conv2d(x, weight, bias, *geometry),
+    )
+
+
+def _convolve_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: list[bool]
+) -> Sequence[Tensor]:
+    stride, padding, dilation, groups = geometry
+
+    def plain() -> Sequence[Tensor]:
+        found: Sequence[Tensor] = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, needs
+        )
+        return found
+
+    folding = folded_conv.folding_of(x, weight, *geometry)
+    if folding is None:
+        return plain()
+    return folded_conv.choose(
+        ("backward", x.device, x.dtype, x.shape, x.stride(), weight.shape[0], folding, tuple(needs)),
+        lambda: folded_conv.convolve_backward(gradient, x, weight, folding, needs),
+        plain,
+    )
 
 
 def _packing(

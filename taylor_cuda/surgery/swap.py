@@ -37,6 +37,13 @@ class _Size:
     dense: Any
     compact: Any
 
+    def set(self, value: Any) -> None:
+        own = vars(self.owner)
+        if self.name in own:  # a module's own way of setting asks a dozen questions, at every layer of every step
+            own[self.name] = value
+        else:
+            setattr(self.owner, self.name, value)
+
 
 class Swap:
     """Everything of a model that one plan makes smaller.
@@ -105,7 +112,7 @@ class Swap:
         for size in self._sizes:
             if owner is None or size.owner is owner:
                 self._resized.append(size)
-                setattr(size.owner, size.name, size.compact)
+                size.set(size.compact)
 
     def leave(self) -> None:
         """Put the dense ones back, and into the buffers among them what the forward pass wrote."""
@@ -121,7 +128,7 @@ class Swap:
             self._put.pop()
         while self._resized:
             size = self._resized[-1]
-            setattr(size.owner, size.name, size.dense)
+            size.set(size.dense)
             self._resized.pop()
         if values:
             chosen = tuple(values)

@@ -100,8 +100,10 @@ def test_more_than_two_to_the_31_elements(ops: Ops, layout: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", cases.CUT_ALIKE)
 def test_all_reductions_at_once_are_the_same_bits(native: Ops, layout: str, dtype: str) -> None:
-    """But for the squares of packed rows, which one fused operation adds."""
+    """But for what one fused operation adds: the squares of packed rows, and all terms where L = 1."""
     pair = cases.make_pair(layout, cases.DTYPES[dtype], device="cuda")
+    if pair[0].numel() == pair[0].shape[0] * pair[0].shape[1] > 0:
+        pytest.skip("a product is rounded where several sums need it, and not where one fused operation adds it")
     rows = native.channel_importance(*pair, "all")
     for row, reduction in list(zip(rows, cases.REDUCTIONS, strict=True))[:3]:
         assert torch.equal(row, native.channel_importance(*pair, reduction))
