@@ -1,4 +1,4 @@
-"""Is the estimate right? The change of the loss that removing channels really makes, and how estimates agree with it."""
+"""Is the estimate right? What removing channels really does to the loss, and how estimates agree with it."""
 
 from taylor_cuda.study.compare import compare
 from taylor_cuda.study.comparison import Comparison
