@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,8 @@ class Pruner:
         momentum: see ``tc.Importance``.
         seed: see ``tc.Importance``.
         norm_term: see ``tc.Importance``.
+        loss: see ``tc.Importance``.
+        probes: see ``tc.Importance``.
         ema: a module or a dict of tensors that follows every cut.
         verify: compare every cut with the masked model, and undo it if they differ; likewise a compact model.
         mode: how channels go. ``"cut"``: for real, at every prune step. ``"compact"``: the model stays dense and runs
@@ -106,6 +108,8 @@ class Pruner:
         verify: bool = True,
         norm_term: bool = False,
         mode: str = "cut",
+        loss: str | Callable[..., Any] = "cross_entropy",
+        probes: int = 1,
     ) -> None:
         for name, value in (("every", every), ("steps", steps)):
             if not isinstance(value, int) or value < 1:
@@ -130,8 +134,12 @@ class Pruner:
         self.mode = mode
         if norm_term and mode != "cut":
             raise InputError(f"norm_term: wanted mode='cut' with it, got mode={mode!r}")
-        gradient = find_criterion(criterion).gradient
-        self._execution = execution_of(mode, self.model, self.groups, optimizer, ema, weights=not gradient)
+        found = find_criterion(criterion)
+        if found.gates_inserted and mode != "cut":
+            raise InputError(
+                f"criterion: {criterion!r} multiplies gates in, wanted mode='cut' with it, got mode={mode!r}"
+            )
+        self._execution = execution_of(mode, self.model, self.groups, optimizer, ema, weights=not found.gradient)
         scored = self._execution.scored
         self.importance = Importance(
             *scored,
@@ -142,6 +150,8 @@ class Pruner:
             norm_term=norm_term,
             process_group=self._replicas.group,
             fuse=mode == "cut",  # a ReLU gives no ride where something else reaches into the forward pass
+            loss=loss,
+            probes=probes,
         )
         self._wrapper_check = self._replicas.watch_wrapper()
         self.batches = 0

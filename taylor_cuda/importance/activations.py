@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,30 @@ class ForwardPass:
             for name in (one.reader, *one.others):
                 self.length.setdefault(name, one.length)
 
+    def copied(self) -> ForwardPass:
+        """The same with sums of its own, which the next backward pass doesn't change."""
+        riding = [replace(one, sums=one.sums.clone()) for one in self.riding]
+        sums = {name: sums.clone() for name, sums in self.sums.items()}
+        return ForwardPass(sums, dict(self.kept), dict(self.length), riding)
+
+    def clear(self) -> None:
+        """Set the sums to 0."""
+        sums = [*self.sums.values(), *(one.sums for one in self.riding)]
+        if sums:
+            torch._foreach_zero_(sums)
+
+
+class _Anchored(torch.autograd.Function):
+    """Identity that also depends on the anchor, and tells it nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
 
 def _check_batch(name: str, there: torch.Size | tuple[int, ...], shape: torch.Size | tuple[int, ...]) -> None:
     if there != shape:
@@ -69,6 +93,7 @@ class ReaderSums:
         per_example: keep Σ_l a·g for each example, ``[N, C]``, instead of the sum over the batch, ``[C]``.
         norms: names of parameters of normalisations whose norm term (``norm_term``) is summed beside them, ``[C]``.
         programs: ``{training: Program}`` of this model: which readers need no gate, for a ReLU gives them a ride.
+        probes: ``probed`` will be asked for.
     """
 
     def __init__(
@@ -79,12 +104,14 @@ class ReaderSums:
         per_example: bool,
         norms: Iterable[str] = (),
         programs: Mapping[bool, Program] | None = None,
+        probes: bool = False,
     ) -> None:
         self.passes: list[ForwardPass] = []
         self._per_example = per_example
+        self._anchor = torch.zeros((), requires_grad=True) if probes else None
         # Compilers of the backward pass can't change a tensor there that the forward pass made: the graph breaks here.
         gate, term_for = torch.compiler.disable(self._gate), torch.compiler.disable(self._term_for)
-        self._sites = RidingInputs(model, weights, gate, norms, term_for, programs or {}, per_example)
+        self._sites = RidingInputs(model, weights, gate, norms, term_for, programs or {}, per_example, self._anchor)
         self._handles = [model.register_forward_pre_hook(self._begin), *active_in_forward(model, self._sites)]
         if programs:
             self._handles.append(model.register_forward_hook(self._end, always_call=True))
@@ -113,6 +140,8 @@ class ReaderSums:
         if dim == 0:
             return self._gate(name, x.unsqueeze(0), 1).squeeze(0)
         channels_second = x.movedim(dim, 1)
+        if self._anchor is not None:
+            channels_second = _Anchored.apply(channels_second, self._anchor)
         return ops.score_gate(channels_second, self._sums_for(name, channels_second)).movedim(1, dim)
 
     def _sums_for(self, name: str, x: Tensor) -> Tensor:
@@ -141,6 +170,21 @@ class ReaderSums:
             dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
             current.sums[name] = torch.zeros(y.shape[-1], dtype=dtype, device=y.device)
         return current.sums[name]
+
+    @torch.no_grad()
+    def probed(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[ForwardPass]:
+        """What a backward pass from ``outputs`` leaves, and nothing else does it leave: the graph stays for the next.
+
+        The gates are all that leads to the anchor, so no gradient of a parameter is computed, and none of an activation
+        is kept.
+        """
+        assert self._anchor is not None
+        torch.autograd.grad(outputs, [self._anchor], gradients, retain_graph=True, allow_unused=True)
+        found = [forward.copied() for forward in self.passes]
+        for there, copy in zip(self.passes, found, strict=True):
+            there.clear()
+            copy.settle()
+        return found
 
     def take(self) -> list[ForwardPass]:
         """Everything since the last call, one entry a forward pass."""

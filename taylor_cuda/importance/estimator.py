@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from taylor_cuda import ops
 from taylor_cuda.distributed import mean, world_size
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.checks import check_model
-from taylor_cuda.graph.groups import ChannelGroup, Groups, Member, named_tensors
+from taylor_cuda.graph.groups import Groups
 from taylor_cuda.graph.program import record_programs
 from taylor_cuda.importance.activations import ForwardPass, ReaderSums
-from taylor_cuda.importance.criteria import Source, check_norm_term, check_source, find_criterion
+from taylor_cuda.importance.criteria import Source, check_norm_term, check_shared_norm, check_source, find_criterion
 from taylor_cuda.importance.examples import batch_sums, example_sums
-from taylor_cuda.importance.members import scales_of, trained_gate
-from taylor_cuda.importance.units import UnitSums, scalar_beside, split_by_group
+from taylor_cuda.importance.layout import Layout
+from taylor_cuda.importance.second_order import SecondOrder, value_of
+from taylor_cuda.importance.units import scalar_beside, split_by_group
 
 
 class Importance:
@@ -46,6 +47,15 @@ class Importance:
         fuse: take what is summed from activations out of the backward passes of ReLUs where these run anyway
             (``tc.fuse_scoring``). Otherwise every reader has a gate with a pass of its own: equal but for rounding.
 
+        loss: of which kind the loss is that ``backward`` is called with, for ``"taylor_so"``: ``"cross_entropy"`` (of
+            the outputs, with weights, smoothing, ignored positions or soft targets), ``"bce"`` and ``"mse"`` (any sum
+            over single outputs), ``"any"`` (two passes instead of one), or a function or module of torch. The loss
+            itself is asked for its curvature, and the first step checks that it is of that kind.
+        probes: backward passes for the curvature of each batch under ``"taylor_so"``, their mean counts; the signs
+            they begin with follow from ``seed`` and the number of the step, the same on all ranks.
+        shared_norm: ``"blocks"`` divides ``"taylor_fo"`` of channels that run through several blocks by the number of
+            these, as the paper's own code does; ``"none"`` is the first-order effect of removing them.
+
     The importance of coupled channels is the square of their **sum**. Within a window it is the mean over optimizer
     steps of the squares (Molchanov et al. 2019, section 3); ``fold()`` ends a window and averages over windows. Steps
     with a value that isn't finite are left out and counted in ``skipped``.
@@ -64,6 +74,9 @@ class Importance:
         norm_term: bool = False,
         process_group: Any = None,
         fuse: bool = True,
+        loss: str | Callable[..., Any] = "cross_entropy",
+        probes: int = 1,
+        shared_norm: str = "none",
     ) -> None:
         check_model(model, "Importance")
         self.criterion = find_criterion(criterion)
@@ -76,6 +89,10 @@ class Importance:
         self._model, self._groups = model, groups
         self._source, self._momentum, self._ranks = source, momentum, process_group
         self._norm_term, self._fuse = norm_term, fuse
+        self._shared_norm = check_shared_norm(shared_norm, self.criterion)
+        self._second: SecondOrder | None = None
+        if self.criterion.curvature:
+            self._second = SecondOrder(model, self.criterion, loss, probes, seed, process_group)
         self.accumulating = False
         """A backward pass with ``accumulate=True`` waits for the last one of its optimizer step."""
         self._generator = torch.Generator().manual_seed(seed)
@@ -89,62 +106,22 @@ class Importance:
     # -- what is measured where ------------------------------------------------
 
     def _lay_out(self) -> None:
-        """Decide for each group where its sums come from, and prepare the flat indices."""
-        self._tensors = named_tensors(self._model)
-        self._sizes = self._groups.sizes()
-        groups = list(self._groups)
-        from_sites = [group for group in groups if self._needs_activations(group)]
-        self._site_groups = {group.name for group in from_sites}
-        self._units = UnitSums(groups, (self._parameter_members, self._site_members), self._length)
-        at_parameters, at_sites = self._units.places
-        self._weights, self._dims = (
-            [self._tensors[name] for name, _ in at_parameters],
-            [dim for _, dim in at_parameters],
-        )
-        self._readers = [name for name, _ in at_sites]
-        if from_sites and self._sites is None:
-            weights = {member.tensor for group in from_sites for member in group.role("read")}
-            norms = {member.tensor for group in from_sites for member in self._norm_members(group)}
-            programs = record_programs(self._model, self._groups, weights) if self._fuse else None
+        """Decide for each group where its sums come from."""
+        self._layout = layout = Layout(self._model, self._groups, self.criterion, self._source, self._norm_term)
+        self._units, self._sizes = layout.units, layout.sizes
+        self._blocks = layout.blocks() if self._shared_norm == "blocks" else None
+        if layout.site_groups and self._sites is None:
+            weights = layout.reader_weights()
             self._sites = ReaderSums(
-                self._model, weights, per_example=self.criterion.per_example, norms=norms, programs=programs
+                self._model,
+                weights,
+                per_example=self.criterion.per_example,
+                norms=layout.norm_weights(),
+                programs=record_programs(self._model, self._groups, weights) if self._fuse else None,
+                probes=self.criterion.curvature == "probe",
             )
-
-    def _length(self, tensor: str, dim: int) -> int:
-        return self._tensors[tensor].shape[dim]
-
-    def _needs_activations(self, group: ChannelGroup) -> bool:
-        if self.criterion.per_example or self._source == "activations":
-            return self.criterion.gradient
-        if not self.criterion.gate or trained_gate(group, self._tensors):
-            return False
-        if self._source == "auto":
-            return True
-        raise InputError(
-            f"source='parameters': group {group.name!r} has frozen parameters at its readers; "
-            "use source='auto' or 'activations', which needs no parameter gradient"
-        )
-
-    def _site_members(self, group: ChannelGroup) -> Sequence[Member]:
-        return (*group.role("read"), *self._norm_members(group)) if group.name in self._site_groups else ()
-
-    def _norm_members(self, group: ChannelGroup) -> Sequence[Member]:
-        return group.role("norm") if self._norm_term else ()
-
-    def _parameter_members(self, group: ChannelGroup) -> Sequence[Member]:
-        if group.name in self._site_groups:
-            return ()
-        if self.criterion.gate:
-            return trained_gate(group, self._tensors)
-        if self.criterion.name == "bn_scale":
-            return scales_of(group)
-        frozen = [m.tensor for m in group.role("write") if not self._tensors[m.tensor].requires_grad]
-        if self.criterion.gradient and frozen:
-            raise InputError(
-                f"criterion={self.criterion.name!r}: group {group.name!r} is written by frozen parameters "
-                f"({frozen[0]}), which have no gradient; use 'taylor_fo'"
-            )
-        return group.role("write")
+        if self._second is not None:
+            self._second.lay_out(layout)
 
     # -- one optimizer step ----------------------------------------------------
 
@@ -153,19 +130,24 @@ class Importance:
 
         Args:
             loss: the mini-batch mean loss; with gradient accumulation, that of a micro-batch over their number.
-            outputs: what the model returned; first-order criteria don't need it.
+            outputs: what the model returned and the loss was computed from: a tensor, or a structure of them with
+                examples along dimension 0. Only criteria with ``outputs`` need it (``taylor_so``, Hessians).
             scaler: a ``torch.amp.GradScaler``; the loss is scaled by it, the scores are not. A step that it will skip
                 because a gradient overflowed is left out.
             accumulate: more backward passes follow before the optimizer's step; ``False`` in the last one, in which
                 the scores are taken from what all of them add up to.
         """
-        del outputs
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        self.accumulating = accumulate
-        if accumulate:
-            return
         # get_scale() would wait for the device; what it says is also what the scaler makes of a 1.
-        self.update(1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device)))
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+        scaled = loss if scaler is None else scaler.scale(loss)
+        if self._second is not None and self.criterion.outputs:
+            self._second.before_backward(scaled, outputs, self._sites, scale)
+        scaled.backward()
+        if self._second is not None:
+            self._second.after_backward(self._sites)
+        self.accumulating = accumulate
+        if not accumulate:
+            self.update(1.0 if scale is None else scale)
 
     @torch.no_grad()
     def update(self, grad_scale: float | Tensor = 1.0, unscaled: bool = False) -> None:
@@ -185,13 +167,30 @@ class Importance:
             return
         by_scaler = unscaled or isinstance(grad_scale, Tensor) or grad_scale != 1.0
         finite = self._gradients_are_finite() if by_scaler else None
-        if self.criterion.gate:
+        if self._second is not None:
+            self._add_slope_and_curve(self._second.take(self._sites, grad_scale), finite)
+        elif self.criterion.gate:
             self._add_gates(grad_scale, unscaled, finite)
         elif self.criterion.per_example:
             self._add_examples(grad_scale, finite)
-        else:
+        elif self.criterion.name == "taylor_weight":
             # Squares carry the square of the factor.
-            self._add(self._weight_times_gradient("square"), "sum", 1.0 if unscaled else grad_scale**2, finite)
+            self._add(self._layout.weight_times_gradient("square"), "sum", 1.0 if unscaled else grad_scale**2, finite)
+        else:
+            self._warn_of_zeros()
+            self._add(self._layout.weight_times_gradient("sum"), "batch", 1.0 if unscaled else grad_scale, finite)
+
+    def _warn_of_zeros(self) -> None:
+        first = self._window is None and self._average is None
+        if self.criterion.name != "taylor_filter" or not first or not self._model.training:
+            return
+        normed = next((group.name for group in self._groups if self._layout.has_batch_norm(group)), None)
+        if normed is not None:
+            warnings.warn(
+                f"criterion='taylor_filter': what writes {normed!r} feeds a BatchNorm in train mode, which makes Σ w·g "
+                "of a filter 0 whatever it is worth; call model.eval(), or use 'taylor_fo'",
+                stacklevel=4,
+            )
 
     def _gradients_are_finite(self) -> Tensor | None:
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
@@ -202,10 +201,10 @@ class Importance:
 
     def _add_gates(self, grad_scale: float | Tensor, unscaled: bool, finite: Tensor | None) -> None:
         """(dE/dz)² of every unit: what parameters give beside what the sites give, both signed, then squared."""
-        sums = self._weight_times_gradient("sum") if self._weights else []
+        sums = self._layout.weight_times_gradient("sum") if self._layout.weights else []
         at_sites: list[Tensor] = []
-        if self._readers:
-            at_sites = batch_sums(self._finished_passes(), self._readers, self._units)
+        if self._layout.readers:
+            at_sites = batch_sums(self._finished_passes(), self._layout.readers, self._units)
             if world_size(self._ranks) > 1:
                 at_sites = [mean(torch.cat(at_sites), self._ranks)]
         if sums and unscaled:
@@ -218,7 +217,7 @@ class Importance:
         """Σ_n t², or mean_n |t / L| over its norm in the group."""
         squared, ranks = self.criterion.name == "taylor_fg", world_size(self._ranks)
         passes = self._finished_passes()
-        sums = example_sums(self._groups, passes, self._readers, self._units, mean=not squared)
+        sums = example_sums(self._groups, passes, self._layout.readers, self._units, mean=not squared)
         if squared and ranks == 1:
             self._add(sums, "sample", grad_scale, finite)
             return
@@ -245,31 +244,15 @@ class Importance:
             self._counts = torch.zeros(2, dtype=torch.int64, device=self._window.device)
         self._units.accumulate(sums, self._window, self._counts, reduction, scale, added, finite)
 
-    def _weight_times_gradient(self, reduction: str) -> list[Tensor]:
-        """Σ w·g (or its squares) along every place of parameters, in one launch; zeros where there is no gradient."""
-        gradients = [weight.grad for weight in self._weights]
-        there = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        if len(there) < len(gradients):
-            self._check_trained(gradients)
-        if not there:
-            raise InputError(
-                f"no gradients yet on any parameter the importance is taken from ({self._units.places[0][0][0]}, …): "
-                "call est.backward(loss), or loss.backward() and then est.update() before optimizer.zero_grad()"
-            )
-        present = [gradient for gradient in gradients if gradient is not None]
-        if len(present) == len(gradients):
-            return ops.weight_importance(self._weights, present, self._dims, reduction)
-        found: list[Tensor | None] = [None] * len(gradients)
-        weights, dims = [self._weights[i] for i in there], [self._dims[i] for i in there]
-        for i, result in zip(there, ops.weight_importance(weights, present, dims, reduction), strict=True):
-            found[i] = result
-        return self._units.completed(0, found)
-
-    def _check_trained(self, gradients: Sequence[Tensor | None]) -> None:
-        """A parameter without a gradient took no part in this step, or it was frozen, and zeros would be wrong."""
-        for (name, _), weight, gradient in zip(self._units.places[0], self._weights, gradients, strict=True):
-            if gradient is None and not weight.requires_grad:
-                raise InputError(f"{name} was frozen after this Importance was made from its gradient: make a new one")
+    def _add_slope_and_curve(self, both: Tensor, finite: Tensor | None) -> None:
+        """E' and curvature of this step, each summed on its own: they are averaged before they are squared."""
+        if self._window is None or self._counts is None:
+            self._window = torch.zeros_like(both)
+            self._counts = torch.zeros(2, dtype=torch.int64, device=both.device)
+        good = both.isfinite().all()
+        good = good if finite is None else good & finite
+        self._window.add_(torch.where(good, both, 0.0))
+        self._counts.add_(torch.stack((good, ~good)))
 
     def _finished_passes(self) -> list[ForwardPass]:
         if self._sites is None:
@@ -312,6 +295,10 @@ class Importance:
             return self._average
         assert self._window is not None
         contribution = self._window / self.steps
+        if self._second is not None:
+            contribution = value_of(self.criterion, *contribution.chunk(2))
+        elif self._blocks is not None:
+            contribution = contribution / self._blocks.to(contribution.device)
         if self._average is None:
             return contribution
         return self._momentum * self._average + (1 - self._momentum) * contribution
@@ -319,15 +306,10 @@ class Importance:
     def _from_weights_alone(self) -> Tensor:
         if self.criterion.name == "random":
             if self._drawn is None:
-                device = next(iter(self._tensors.values())).device
+                device = next(iter(self._layout.tensors.values())).device
                 self._drawn = torch.rand(sum(self._sizes.values()), generator=self._generator).to(device)
             return self._drawn
-        if self.criterion.name == "bn_scale":
-            for group in self._groups:
-                if not scales_of(group):
-                    raise InputError(f"criterion='bn_scale': group {group.name!r} has no normalisation with a scale")
-            return self._units.values([weight.abs() for weight in self._weights], "sum") / self._units.offsets.diff()
-        return self._units.values(ops.weight_importance(self._weights, self._weights, self._dims), "sum")
+        return self._layout.from_weights_alone()
 
     # -- windows, cuts, state --------------------------------------------------
 
@@ -343,6 +325,8 @@ class Importance:
         self._average = self._drawn = self._window = self._counts = None
         if self._sites is not None:
             self._sites.take()
+        if self._second is not None:
+            self._second.reset()
         self.accumulating = False
 
     def keep(self, keep: dict[str, Tensor]) -> None:
@@ -360,7 +344,9 @@ class Importance:
         for field in ("_average", "_window", "_drawn"):
             flat: Tensor | None = getattr(self, field)
             if flat is not None:
-                setattr(self, field, flat[index.to(flat.device)])
+                there = index.to(flat.device)
+                twice = field == "_window" and self._second is not None
+                setattr(self, field, flat[torch.cat([there, there + start]) if twice else there])
         self._lay_out()
 
     def state_dict(self) -> dict[str, Any]:
@@ -370,6 +356,7 @@ class Importance:
             "sizes": dict(self._sizes),
             **{name: _copy(getattr(self, f"_{name}")) for name in ("average", "window", "counts", "drawn")},
             "generator": self._generator.get_state(),
+            "probed": 0 if self._second is None else self._second.steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -377,18 +364,21 @@ class Importance:
         for key, mine in (("criterion", self.criterion.name), ("sizes", dict(self._sizes))):
             if state[key] != mine:
                 raise InputError(f"state_dict: {key} is {state[key]!r} there and {mine!r} here")
-        device = next(iter(self._tensors.values())).device
+        device = next(iter(self._layout.tensors.values())).device
         for field in ("average", "window", "counts", "drawn"):
             value = _copy(state[field])  # what is collected from now on isn't the caller's
             setattr(self, f"_{field}", None if value is None else value.to(device))
         self._generator.set_state(state["generator"].cpu())
+        if self._second is not None:
+            self._second.steps = state["probed"]
 
     def close(self) -> None:
         """Take the scoring gates, if there are any, out of the model. ``scores()`` still answers."""
         if self._sites is not None:
             self._sites.close()
             self._sites = None
-            self._site_groups = set()
+        if self._second is not None:
+            self._second.close()
 
 
 def _copy(value: Tensor | None) -> Tensor | None:

@@ -94,7 +94,13 @@ class _RidingReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, call: Callable[[Tensor], Tensor], stop: _Stop, skip: Tensor | None, past: _Stop | None
+        ctx: Any,
+        x: Tensor,
+        call: Callable[[Tensor], Tensor],
+        stop: _Stop,
+        skip: Tensor | None,
+        past: _Stop | None,
+        anchor: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         output = call(x)
         if output is x:
@@ -105,18 +111,18 @@ class _RidingReLU(torch.autograd.Function):
         return output, output.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
         rest, read = gradients
         output, skip = (None if saved is None else saved.detach() for saved in ctx.saved_tensors)
         stop, sums = ctx.stop, ctx.stop.riding.sums
         total = _added(rest, read)
         if total is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         share = None if rest is None else stop.share(rest)
         if read is None or (rest is not None and share is None) or torch.is_grad_enabled():
             if read is not None:
                 library.accumulate_channel_sums(stop.channels_second(output), stop.channels_second(read.detach()), sums)
-            return torch.ops.aten.threshold_backward(total, output, 0), None, None, None, None
+            return torch.ops.aten.threshold_backward(total, output, 0), None, None, None, None, None
         told = None if skip is None else torch.zeros_like(ctx.past.riding.sums)
         flowing = None if skip is None else stop.channels_second(skip)
         gx = library.score_relu_backward(stop.channels_second(output), stop.channels_second(total), sums, flowing, told)
@@ -125,7 +131,7 @@ class _RidingReLU(torch.autograd.Function):
             sums.sub_(share)
         if told is not None:
             ctx.past.told = gx, told
-        return gx, None, None, None, None
+        return gx, None, None, None, None, None
 
 
 class _Fork(torch.autograd.Function):
@@ -191,6 +197,7 @@ class RidingInputs(ReaderAndNormInputs):
         sums_of: likewise.
         programs: ``{training: Program}``.
         per_example: whether sums are ``[N, C]``.
+        anchor: a leaf that the backward pass of every ReLU which gives a ride leads to, with no gradient for it.
     """
 
     def __init__(
@@ -202,9 +209,10 @@ class RidingInputs(ReaderAndNormInputs):
         sums_of: SumsOf,
         programs: Mapping[bool, Program],
         per_example: bool,
+        anchor: Tensor | None = None,
     ) -> None:
         super().__init__(model, weights, transform, norms, sums_of)
-        self._programs = programs
+        self._programs, self._anchor = programs, anchor
         self._per_example = per_example
         self._blocks = set[tuple[str, int]]().union(*(program.blocks for program in programs.values()))
         self._rides: list[Ride | None] = []
@@ -291,7 +299,7 @@ class RidingInputs(ReaderAndNormInputs):
         sums = torch.zeros(shape, dtype=reference.result_dtype(x.dtype), device=x.device)
         stop = _Stop(Riding(at, sums), ride.dim)
         skip, past = self._share_of(x, stop)
-        output, alias = _RidingReLU.apply(x, lambda x: func(x, *args, **kwargs), stop, skip, past)
+        output, alias = _RidingReLU.apply(x, lambda x: func(x, *args, **kwargs), stop, skip, past, self._anchor)
         self._track(output, alias, stop, ride)
         return output
 

@@ -172,4 +172,5 @@ def _unfolded_filter(folded: Tensor, weight: Tensor, folding: Folding) -> Tensor
     (rows, columns), (high, wide) = folding.taps, folding.stride
     blocks = folded[:, : inputs * high * wide].unflatten(1, (high, wide, inputs))
     filters = blocks.permute(0, 3, 4, 1, 5, 2).reshape(outputs, inputs, rows * high, columns * wide)
-    return filters[:, :, : weight.shape[2], : weight.shape[3]].contiguous()
+    result: Tensor = filters[:, :, : weight.shape[2], : weight.shape[3]].contiguous()
+    return result
