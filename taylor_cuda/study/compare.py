@@ -24,11 +24,9 @@ from taylor_cuda.study.comparison import After, Comparison, Row
 from taylor_cuda.study.correlation import agreement
 from taylor_cuda.study.oracle import check_study, oracle
 
-__all__ = ["BACKWARD_A_UNIT", "BUDGETS", "compare", "criteria_named", "score"]
+__all__ = ["BUDGETS", "compare", "criteria_named", "score"]
 
 BUDGETS: Mapping[str, Sequence[float]] = {"macs": (0.9, 0.75, 0.5)}
-BACKWARD_A_UNIT = frozenset({"taylor_so_hessian", "obd"})
-"""Criteria that take one more backward pass for every unit."""
 
 Metric = Callable[[Any, Any], Any]
 """``metric(outputs, targets)``: the mean of something over a mini-batch, a number or a scalar tensor."""
@@ -114,7 +112,7 @@ def criteria_named(criteria: Sequence[str] | str | None) -> list[str]:
         InputError: one that there isn't, or none.
     """
     if criteria is None:
-        return [name for name in CRITERIA if name not in BACKWARD_A_UNIT]
+        return [name for name, criterion in CRITERIA.items() if criterion.curvature != "hessian"]
     if criteria == "all":
         return list(CRITERIA)
     given = [criteria] if isinstance(criteria, str) else list(criteria)
@@ -148,7 +146,7 @@ def score(
     twin, device = _twin(model)
     with undisturbed(twin), torch.enable_grad():
         started = perf_counter()
-        estimator = Importance(twin, groups, criterion, seed=seed)
+        estimator = Importance(twin, groups, criterion, seed=seed, loss=loss_fn if loss is None else loss)
         try:
             if estimator.criterion.gradient:
                 for batch in mini_batches(batches, device):
