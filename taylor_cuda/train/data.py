@@ -51,7 +51,11 @@ class Data(Protocol):
         """All of the validation set, in a fixed order."""
 
     def unaugmented(self) -> Iterator[Batch]:
-        """All of the training set as the validation set is read, in one random order: to measure on."""
+        """All of the training set as the validation set is read, in one random order: to measure on.
+
+        In batches as long as asked for or a little shorter, all alike: where each batch counts the same, so does then
+        each example.
+        """
 
 
 def load_data(
@@ -87,6 +91,11 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
 def full_batches(size: int, batch: int) -> int:
     """Batches an epoch gives: full ones only (a rest of one would break BatchNorm), or one short one."""
     return max(1, size // batch)
+
+
+def even_batches(size: int, batch: int, seed: int) -> tuple[Tensor, ...]:
+    """The order of epoch 0 in as few batches of at most ``batch`` as there can be, whose lengths differ by one."""
+    return epoch_order(size, seed, 0).tensor_split(-(-size // batch))
 
 
 # -- in memory ---------------------------------------------------------------------------------------------------------
@@ -130,9 +139,9 @@ class TensorData:
         return zip(torch.split(self.val_set[0], 256), torch.split(self.val_set[1], 256), strict=True)
 
     def unaugmented(self) -> Iterator[Batch]:
-        """All of the training set as it is, in the order of epoch 0; the last batch may be short."""
+        """All of the training set as it is, in the order of epoch 0."""
         images, labels = self.train_set
-        for index in torch.split(epoch_order(self.train_size, self.seed, 0), self.batch):
+        for index in even_batches(self.train_size, self.batch, self.seed):
             yield images[index], labels[index]
 
 
@@ -262,7 +271,7 @@ class FolderData:
         self._val = DataLoader(ImageFiles(val, val_transform), batch_size=batch, **common)
         # Read once if at all: its workers need not stay.
         common["persistent_workers"] = False
-        order = [index.tolist() for index in torch.split(epoch_order(len(train), seed, 0), batch)]
+        order = [index.tolist() for index in even_batches(len(train), batch, seed)]
         self._unaugmented = DataLoader(ImageFiles(train, val_transform), batch_sampler=order, **common)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -275,7 +284,7 @@ class FolderData:
         return _readable(self._val)
 
     def unaugmented(self) -> Iterator[Batch]:
-        """All of the training set, cropped in the centre, in the order of epoch 0; the last batch may be short."""
+        """All of the training set, cropped in the centre, in the order of epoch 0."""
         return _readable(self._unaugmented)
 
 
