@@ -56,7 +56,7 @@ def test_files_and_summary(straight):
     assert 0 < found["source_difference"] <= 1e-4
     assert all(found[f"latency_ms{batch}_{when}"] > 0 for batch in ("", "_batch1") for when in ("before", "after"))
     assert (found["criterion"], found["budget"], found["seed"]) == ("taylor_fo", {"macs": 0.5}, 0)
-    assert found["oracle_examples"] == 64
+    assert found["oracle_examples"] == 62
     assert -1 <= found["magnitude_spearman"] < found["estimate_spearman"] <= 1
     assert found["oracle_note"] is None
     assert all(after % 8 == 0 for name, (_, after) in found["widths"].items() if name != "head")

@@ -13,7 +13,7 @@ def spearman(found):
 
 @pytest.fixture(scope="module")
 def residual():
-    return measure(RESIDUAL, 0, epochs=4, batches=2, criteria=CRITERIA)
+    return measure(RESIDUAL, 0, epochs=4, batches=4, criteria=CRITERIA)
 
 
 @pytest.fixture(scope="module")
@@ -41,4 +41,4 @@ def test_coupled_units_count_once(residual, lenet):
     # 32 of the stem's stream, 32 inside each block of stage 1, 64 inside each block and in the stream of stage 2
     assert sum(residual["units"].values()) == 32 + 2 * 32 + 64 + 2 * 64
     assert list(lenet["units"].values()) == [16, 32, 64]
-    assert residual["examples"] == 2 * 62
+    assert residual["examples"] == 4 * 62
