@@ -23,7 +23,7 @@ from taylor_cuda.ops import (
 )
 from taylor_cuda.planning import Plan, plan
 from taylor_cuda.pruner import Pruner
-from taylor_cuda.study import combinatorial_oracle, greedy_oracle, oracle
+from taylor_cuda.study import combinatorial_oracle, compare, greedy_oracle, oracle, sensitivity
 from taylor_cuda.surgery import compact, cut, load, save
 from taylor_cuda.watched import watch
 
@@ -51,6 +51,7 @@ __all__ = [
     "channel_sums",
     "combinatorial_oracle",
     "compact",
+    "compare",
     "cut",
     "fuse_scoring",
     "greedy_oracle",
@@ -65,6 +66,7 @@ __all__ = [
     "save",
     "score_gate",
     "score_relu",
+    "sensitivity",
     "trace",
     "unpack_channels",
     "watch",

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 import taylor_cuda
-from taylor_cuda.cli import bench, doctor, info, prune
+from taylor_cuda.cli import bench, compare, doctor, info, prune
 from taylor_cuda.errors import TaylorError
 from taylor_cuda.train.state import RunInterruptedError
 
 FAILED, INTERRUPTED = 2, 130
-COMMANDS = (prune, doctor, bench, info)
+COMMANDS = (prune, doctor, compare, bench, info)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from taylor_cuda.cli.options import parse_round_to
+from taylor_cuda.cli.options import add_model_options, add_training_options, parse_round_to
 from taylor_cuda.errors import InputError
 from taylor_cuda.importance.criteria import CRITERIA, find_criterion
 from taylor_cuda.planning import parse_budget
@@ -41,18 +41,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="what to prune (default: digits)")
-    data = parser.add_argument_group("model and data")
-    data.add_argument("--data", metavar="DIR", help="folder with train/CLASS/* and val/CLASS/* (default: digits)")
-    data.add_argument(
-        "--image-size", type=int, metavar="N", help="height and width of the images of --data (default: 224)"
-    )
-    data.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: 2)")
-    data.add_argument(
-        "--weights",
-        metavar="FILE",
-        help=".safetensors of tc.save, .pt or .pth state_dict, or 'pretrained'; there is no base training then",
-    )
-    data.add_argument("--num-classes", type=int, metavar="N", help="outputs of the head (default: the model's own)")
+    add_model_options(parser)
     pruning = parser.add_argument_group("pruning")
     pruning.add_argument(
         "--budget",
@@ -87,25 +76,26 @@ def add_parser(commands: Any) -> None:
         help="of base training (none with --weights), and of fine-tuning (default: 12 on digits, else 25)",
     )
     training.add_argument("--finetune-epochs", type=int, metavar="N", help="of fine-tuning (default: --epochs)")
-    training.add_argument("--batch", type=int, metavar="N", help="examples in a minibatch (default: 64)")
-    training.add_argument(
-        "--lr", type=float, metavar="X", help="peak learning rate (default: 0.05, with --weights 0.001)"
-    )
     training.add_argument(
         "--finetune-lr",
         type=float,
         metavar="X",
         help="while pruning and fine-tuning (default: a fifth of --lr, with --weights --lr)",
     )
-    training.add_argument("--weight-decay", type=float, metavar="X", help="(default: 0.0005)")
-    training.add_argument("--seed", type=int, metavar="N", help="(default: 0)")
-    training.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add_training_options(training)
     running = parser.add_argument_group("running")
     running.add_argument("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/NAME)")
     running.add_argument("--resume", action="store_true", help="go on where this command was interrupted")
     running.add_argument("--steps-limit", type=int, metavar="N", help="at most N minibatches an epoch, for a trial run")
     running.add_argument(
         "--measure-seconds", type=float, metavar="X", help="time for each measurement of time (default: 5)"
+    )
+    running.add_argument(
+        "--oracle",
+        type=int,
+        metavar="N",
+        help="compare the scores with the true effect of removing each channel, on N minibatches; takes forward passes "
+        "for every channel (default: 6 on digits, else 0)",
     )
 
 
@@ -129,6 +119,7 @@ def config_from(options: argparse.Namespace) -> RunConfig:
         given.setdefault("epochs", 25)
         given.setdefault("every", 30)
         given.setdefault("round_to", "auto")
+        given.setdefault("oracle", 0)
     if given.get("weights") is not None:
         given.setdefault("lr", 1e-3)
     return RunConfig(**given)

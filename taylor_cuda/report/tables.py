@@ -58,4 +58,12 @@ def measured_lines(summary: Summary) -> list[str]:
         f"scores from parameters vs from activations: {sources}",
         f"scoring cost: {s.scoring_percent:.1f} % of a step ({s.step_ms:.1f} ms)",
         f"training step after pruning, mode {s.config['mode']}: {s.pruned_step_ms:.1f} ms",
+        f"estimate vs oracle: {_oracle(s)}",
     ]
+
+
+def _oracle(s: Summary) -> str:
+    if s.estimate_spearman is None:
+        return f"not compared: {s.oracle_note or '--oracle N compares them on N minibatches'}"
+    magnitude = "-" if s.magnitude_spearman is None else f"{s.magnitude_spearman:.2f}"
+    return f"Spearman {s.estimate_spearman:.2f} (magnitude {magnitude}), {s.oracle_examples:,} training images"

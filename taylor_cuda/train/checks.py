@@ -6,15 +6,18 @@ import copy
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taylor_cuda.errors import InputError
+from taylor_cuda.errors import InputError, TaylorError
 from taylor_cuda.graph.groups import Groups
 from taylor_cuda.graph.mask import masked
 from taylor_cuda.importance import Importance
+from taylor_cuda.study import compare
 from taylor_cuda.surgery import cut
 from taylor_cuda.train.data import Batch
 from taylor_cuda.train.loop import Step, eval_mode, main_output, plain_step
@@ -110,6 +113,51 @@ def _relative(p: Tensor, a: Tensor) -> float:
     greater = torch.maximum(p, a)
     floor = max(1e-6 * float(greater.mean()), torch.finfo(greater.dtype).tiny)
     return float(((p - a).abs() / greater.clamp_min(floor)).max())
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleAgreement:
+    """Spearman correlations with the oracle over all units: of the criterion, of magnitude; or why there are none."""
+
+    estimate: float | None = None
+    magnitude: float | None = None
+    note: str | None = None
+
+
+def oracle_agreement(
+    model: nn.Module,
+    groups: Groups,
+    batches: Sequence[Batch],
+    criterion: str,
+    seed: int = 0,
+    check: Callable[[], None] = lambda: None,
+    progress: bool = False,
+) -> OracleAgreement:
+    """How well the criterion, and magnitude, rank the units of a network as it is. See ``tc.compare``.
+
+    Args:
+        model: left as it is.
+        groups: of the model.
+        batches: images and labels, on which scores and truth are taken.
+        criterion: see ``tc.Importance``.
+        seed: see ``tc.Importance``.
+        check: called again and again; what it raises ends this.
+        progress: show bars.
+    """
+
+    def loss_fn(outputs: Any, labels: Tensor) -> Tensor:
+        check()
+        return F.cross_entropy(main_output(outputs), labels)
+
+    try:
+        found = compare(
+            model, groups, loss_fn, batches, [criterion, "magnitude"], budgets={}, seed=seed, progress=progress
+        )
+    except TaylorError as error:  # a line of the report is no reason to lose a run
+        return OracleAgreement(note=str(error))
+    rows = [found[name] for name in (criterion, "magnitude")]
+    values = [None if row.agreement is None else row.agreement.overall.spearman for row in rows]
+    return OracleAgreement(values[0], values[1], rows[0].reason or None)
 
 
 @dataclasses.dataclass(frozen=True)

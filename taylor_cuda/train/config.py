@@ -43,6 +43,8 @@ class RunConfig:
         workers: processes that read image files.
         steps_limit: at most so many minibatches an epoch, for a trial run.
         measure_seconds: time to spend on each measurement of time.
+        oracle: minibatches of training images on which the scores of the trained network are compared with what
+            removing each unit does to the loss; 0: they aren't. Costs forward passes for every unit.
     """
 
     model: str = "digits"
@@ -71,6 +73,7 @@ class RunConfig:
     workers: int = 2
     steps_limit: int | None = None
     measure_seconds: float = 5.0
+    oracle: int = 6
 
     def __post_init__(self) -> None:
         whole = {
@@ -82,6 +85,7 @@ class RunConfig:
             "image_size": 1,
             "workers": 0,
             "seed": 0,
+            "oracle": 0,
         }
         for name, least in whole.items():
             _check_at_least(name, getattr(self, name), least)
@@ -142,6 +146,11 @@ class Summary:
         source_difference: greatest relative difference of a score of the first window, from parameters against from
             activations.
         source_note: why there is none.
+        estimate_spearman: rank correlation, over all units of the trained, unpruned network, of the criterion's scores
+            with the squared change of the loss that removing each unit makes (``tc.compare``).
+        magnitude_spearman: the same of the filters' magnitudes.
+        oracle_examples: training images that the two were measured on; 0: they weren't.
+        oracle_note: why there is no correlation.
         scoring_percent: what taking scores adds to a training step.
         step_ms: a training step without it, of the network as it was.
         pruned_step_ms: a training step after pruning, in the mode of the run.
@@ -171,6 +180,10 @@ class Summary:
     cuts: int
     source_difference: float | None
     source_note: str | None
+    estimate_spearman: float | None
+    magnitude_spearman: float | None
+    oracle_examples: int
+    oracle_note: str | None
     scoring_percent: float
     step_ms: float
     pruned_step_ms: float

@@ -50,6 +50,13 @@ class Data(Protocol):
     def val(self) -> Iterator[Batch]:
         """All of the validation set, in a fixed order."""
 
+    def unaugmented(self) -> Iterator[Batch]:
+        """All of the training set as the validation set is read, in one random order: to measure on.
+
+        In batches as long as asked for or a little shorter, all alike: where each batch counts the same, so does then
+        each example.
+        """
+
 
 def load_data(
     source: str, batch: int, seed: int = 0, image_size: int = 224, workers: int = 2, pin_memory: bool = False
@@ -84,6 +91,11 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
 def full_batches(size: int, batch: int) -> int:
     """Batches an epoch gives: full ones only (a rest of one would break BatchNorm), or one short one."""
     return max(1, size // batch)
+
+
+def even_batches(size: int, batch: int, seed: int) -> tuple[Tensor, ...]:
+    """The order of epoch 0 in as few batches of at most ``batch`` as there can be, whose lengths differ by one."""
+    return epoch_order(size, seed, 0).tensor_split(-(-size // batch))
 
 
 # -- in memory ---------------------------------------------------------------------------------------------------------
@@ -125,6 +137,12 @@ class TensorData:
     def val(self) -> Iterator[Batch]:
         """All of the validation set, in a fixed order."""
         return zip(torch.split(self.val_set[0], 256), torch.split(self.val_set[1], 256), strict=True)
+
+    def unaugmented(self) -> Iterator[Batch]:
+        """All of the training set as it is, in the order of epoch 0."""
+        images, labels = self.train_set
+        for index in even_batches(self.train_size, self.batch, self.seed):
+            yield images[index], labels[index]
 
 
 def move_by_one(images: Tensor, seed: int) -> Tensor:
@@ -251,6 +269,10 @@ class FolderData:
         }
         self._train = DataLoader(ImageFiles(train, train_transform), batch_sampler=self._order, **common)
         self._val = DataLoader(ImageFiles(val, val_transform), batch_size=batch, **common)
+        # Read once if at all: its workers need not stay.
+        common["persistent_workers"] = False
+        order = [index.tolist() for index in even_batches(len(train), batch, seed)]
+        self._unaugmented = DataLoader(ImageFiles(train, val_transform), batch_sampler=order, **common)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch in its own random order, from batch ``start`` on."""
@@ -260,6 +282,10 @@ class FolderData:
     def val(self) -> Iterator[Batch]:
         """All of the validation set, in a fixed order."""
         return _readable(self._val)
+
+    def unaugmented(self) -> Iterator[Batch]:
+        """All of the training set, cropped in the centre, in the order of epoch 0."""
+        return _readable(self._unaugmented)
 
 
 def _readable(loader: DataLoader[Any]) -> Iterator[Batch]:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable
 
 from taylor_cuda.errors import TaylorError
+from taylor_cuda.graph import trace
 from taylor_cuda.pruner import Pruner
 from taylor_cuda.surgery import save
-from taylor_cuda.train.checks import SourceComparison, scoring_cost, training_step_ms
+from taylor_cuda.train.checks import SourceComparison, oracle_agreement, scoring_cost, training_step_ms
 from taylor_cuda.train.config import RunConfig, Summary
 from taylor_cuda.train.environment import environment
 from taylor_cuda.train.latency import latency_ms
@@ -80,7 +81,10 @@ class Stages:
         """Run every stage that is left."""
         session = self.session
         if session.position.stage == "base":
-            self._base()
+            self.base()
+            session.position = Position("oracle")
+        if session.position.stage == "oracle":
+            self._ask_oracle()
             session.position = Position("prune")
         pruner = session.pruner or session.prepare_pruning()
         if session.position.stage == "prune":
@@ -120,12 +124,25 @@ class Stages:
         self.tell(f"{before}: accuracy {quality.accuracy:.4f}")
         return quality.accuracy
 
-    def _base(self) -> None:
+    def base(self) -> None:
+        """Base training, from where the session stands in it."""
         session, epochs, peak = self.session, self.config.base_epochs, self.config.lr
         total = epochs * session.steps
         step = plain_step(session.model, session.optimizer)
         self._train("base", epochs, 0, lambda taken: peak * cosine(taken, total), step)
         session.measured.base_accuracy = self._evaluate("base", f"base: {epochs} epochs")
+
+    def _ask_oracle(self) -> None:
+        session, config, measured = self.session, self.config, self.session.measured
+        if config.oracle == 0:
+            return
+        batches = session.oracle_batches()
+        groups = trace(session.model, session.probe[:2], ignore=config.ignore)
+        found = oracle_agreement(
+            session.model, groups, batches, config.criterion, config.seed, session.stop.check, self.progress
+        )
+        measured.estimate_spearman, measured.magnitude_spearman = found.estimate, found.magnitude
+        measured.oracle_examples, measured.oracle_note = sum(len(labels) for _, labels in batches), found.note
 
     def _prune(self, pruner: Pruner) -> None:
         session, rate = self.session, self.config.rate_after
@@ -226,6 +243,10 @@ class Stages:
             cuts=measured.cuts,
             source_difference=measured.source_difference,
             source_note=measured.source_note,
+            estimate_spearman=measured.estimate_spearman,
+            magnitude_spearman=measured.magnitude_spearman,
+            oracle_examples=measured.oracle_examples,
+            oracle_note=measured.oracle_note,
             scoring_percent=measured.scoring_percent,
             step_ms=measured.step_ms,
             pruned_step_ms=measured.pruned_step_ms,

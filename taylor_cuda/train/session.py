@@ -49,6 +49,10 @@ class Measured:
     sources_compared: bool = False
     source_difference: float | None = None
     source_note: str | None = None
+    estimate_spearman: float | None = None
+    magnitude_spearman: float | None = None
+    oracle_examples: int = 0
+    oracle_note: str | None = None
     scoring_percent: float = math.nan
     step_ms: float = math.nan
     pruned_step_ms: float = math.nan
@@ -138,6 +142,10 @@ class Session:
     def begin(self) -> None:
         """Refuse now what would only show after base training; then start the log of a new run."""
         self.new_pruner(copy.deepcopy(self.model), None).importance.close()
+        self.begin_log()
+
+    def begin_log(self) -> None:
+        """The log of a new run."""
         self.config.out.mkdir(parents=True, exist_ok=True)
         (self.config.out / LOG).unlink(missing_ok=True)
         self.log({"event": "start", **self.config.identity(), "environment": environment(self.device)})
@@ -160,6 +168,10 @@ class Session:
     def train_batches(self) -> Iterator[Batch]:
         """Training batches of the first epoch of pruning; Ctrl-C stops between two of them."""
         return self._stoppable(itertools.islice(self.data.train(self.config.base_epochs), self.steps))
+
+    def oracle_batches(self) -> list[Batch]:
+        """What the scores are compared with the oracle on; Ctrl-C stops between two of them."""
+        return list(self._stoppable(itertools.islice(self.data.unaugmented(), self.config.oracle)))
 
     def _stoppable(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:

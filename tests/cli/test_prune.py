@@ -19,7 +19,8 @@ from taylor_cuda.train.loop import evaluate
 from taylor_cuda.train.models import DigitsResNet
 from tests.train.image_folders import make_image_folder
 
-TINY = ("--epochs", "1", "--steps-limit", "4", "--every", "2", "--steps", "3", "--measure-seconds", "0.05")
+SHORT = ("--epochs", "1", "--steps-limit", "4", "--every", "2", "--steps", "3", "--measure-seconds", "0.05")
+TINY = (*SHORT, "--oracle", "0")
 FILES = ["log.jsonl", "model.safetensors", "summary.json", "widths.svg"]
 
 
@@ -39,7 +40,7 @@ def summary_of(folder):
 def straight(tmp_path_factory):
     """A tiny run from beginning to end: its folder."""
     out = tmp_path_factory.mktemp("straight") / "new" / "folder"
-    assert prune(*TINY, "--out", out) == 0
+    assert prune(*SHORT, "--oracle", "1", "--out", out) == 0
     return out
 
 
@@ -55,6 +56,9 @@ def test_files_and_summary(straight):
     assert 0 < found["source_difference"] <= 1e-4
     assert all(found[f"latency_ms{batch}_{when}"] > 0 for batch in ("", "_batch1") for when in ("before", "after"))
     assert (found["criterion"], found["budget"], found["seed"]) == ("taylor_fo", {"macs": 0.5}, 0)
+    assert found["oracle_examples"] == 62
+    assert -1 <= found["magnitude_spearman"] < found["estimate_spearman"] <= 1
+    assert found["oracle_note"] is None
     assert all(after % 8 == 0 for name, (_, after) in found["widths"].items() if name != "head")
 
 
@@ -96,13 +100,14 @@ def test_what_is_printed(capsys, tmp_path, straight):
     assert prune(*TINY, "--out", tmp_path) == 0
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line]
-    assert re.fullmatch(r"cut == masked: greatest difference \S+ \(outputs up to \S+, 3 cuts\)", lines[-5])
-    assert re.fullmatch(r"scores from parameters vs from activations: greatest relative difference \S+", lines[-4])
-    assert re.fullmatch(r"scoring cost: -?\d+\.\d % of a step \(\d+\.\d ms\)", lines[-3])
-    assert re.fullmatch(r"training step after pruning, mode cut: \d+\.\d ms", lines[-2])
+    assert re.fullmatch(r"cut == masked: greatest difference \S+ \(outputs up to \S+, 3 cuts\)", lines[-6])
+    assert re.fullmatch(r"scores from parameters vs from activations: greatest relative difference \S+", lines[-5])
+    assert re.fullmatch(r"scoring cost: -?\d+\.\d % of a step \(\d+\.\d ms\)", lines[-4])
+    assert re.fullmatch(r"training step after pruning, mode cut: \d+\.\d ms", lines[-3])
+    assert lines[-2] == "estimate vs oracle: not compared: --oracle N compares them on N minibatches"
     for words in ("MACs per example", "latency, batch 256", "stage2.1.conv1", "base: 1 epochs: accuracy"):
         assert words in out
-    # The same seed gives the same network.
+    # The same seed gives the same network, asking the oracle or not.
     again, first = (load(DigitsResNet(), folder / "model.safetensors").state_dict() for folder in (tmp_path, straight))
     assert all(torch.equal(value, first[name]) for name, value in again.items())
 
@@ -226,6 +231,27 @@ def test_image_folder_with_a_zoo_model(monkeypatch, tmp_path):
     assert found["macs_after"] <= 0.5 * found["macs_before"]
     assert found["cut_difference"] <= 1e-4 * found["cut_scale"]
     assert 0 < found["source_difference"] <= 1e-4
+    assert found["oracle_examples"] == 0  # of a network that may be large, only when asked for
+
+
+def test_ctrl_c_while_the_oracle_is_asked(monkeypatch, capsys, tmp_path, straight):
+    arguments = (*SHORT, "--oracle", "1", "--out", tmp_path)
+    original = TensorData.unaugmented
+
+    def unaugmented(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorData, "unaugmented", unaugmented)
+        assert prune(*arguments) == 130
+    assert "interrupted in stage 'oracle'" in capsys.readouterr().err
+    assert prune(*arguments, "--resume") == 0
+    resumed, expected = summary_of(tmp_path), summary_of(straight)
+    for key in ("estimate_spearman", "magnitude_spearman", "widths", "pruned_accuracy"):
+        assert resumed[key] == expected[key]
+    spearman = f"estimate vs oracle: Spearman {resumed['estimate_spearman']:.2f} (magnitude "
+    assert spearman in capsys.readouterr().out
 
 
 def test_weights_skip_base_training(capsys, tmp_path, straight):

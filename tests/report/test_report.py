@@ -32,9 +32,15 @@ def test_measured_lines():
         "scores from parameters vs from activations: greatest relative difference 2e-07",
         "scoring cost: 1.2 % of a step (20.0 ms)",
         "training step after pruning, mode cut: 12.0 ms",
+        "estimate vs oracle: Spearman 0.95 (magnitude 0.41), 192 training images",
     ]
     lines = measured_lines(some_summary(source_difference=None, source_note="frozen parameters"))
     assert lines[1] == "scores from parameters vs from activations: not compared: frozen parameters"
+    for note, says in (("no scale", "no scale"), (None, "--oracle N compares them on N minibatches")):
+        lines = measured_lines(some_summary(estimate_spearman=None, oracle_note=note))
+        assert lines[-1] == f"estimate vs oracle: not compared: {says}"
+    lines = measured_lines(some_summary(magnitude_spearman=None))
+    assert lines[-1] == "estimate vs oracle: Spearman 0.95 (magnitude -), 192 training images"
 
 
 def test_summary_is_json_with_what_is_promised(tmp_path):

@@ -8,9 +8,10 @@ from torch import nn
 from taylor_cuda.graph import trace
 from taylor_cuda.importance import Importance
 from taylor_cuda.planning import plan
+from taylor_cuda.study import compare
 from taylor_cuda.surgery import cut
 from taylor_cuda.train import latency
-from taylor_cuda.train.checks import CutWitness, SourceComparison, scoring_cost
+from taylor_cuda.train.checks import CutWitness, SourceComparison, oracle_agreement, scoring_cost
 from taylor_cuda.train.latency import latency_ms
 from taylor_cuda.train.models import DigitsResNet
 
@@ -127,6 +128,38 @@ def test_scoring_cost_is_what_scoring_adds(monkeypatch):
     assert cost.percent * cost.step_ms / 100 > 200
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(value.grad is None for value in model.parameters())
+
+
+def test_oracle_agreement_is_that_of_compare():
+    model = small_net()
+    groups, batches = trace(model, IMAGES), [(IMAGES, LABELS)]
+    found = oracle_agreement(model, groups, batches, "taylor_fg")
+    expected = compare(model, groups, F.cross_entropy, batches, ["taylor_fg", "magnitude"], budgets={})
+    assert found.estimate == expected["taylor_fg"].agreement.overall.spearman
+    assert found.magnitude == expected["magnitude"].agreement.overall.spearman
+    assert found.note is None
+    assert oracle_agreement(model, groups, batches, "magnitude").estimate == found.magnitude
+
+
+def test_oracle_agreement_says_why_there_is_none():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 10))
+    found = oracle_agreement(model, trace(model, IMAGES), [(IMAGES, LABELS)], "bn_scale")
+    assert found.estimate is None
+    assert found.magnitude is not None
+    assert "no normalisation with a scale" in found.note
+    assert oracle_agreement(model, trace(model, IMAGES), [], "magnitude").note == (
+        "oracle: batches: wanted at least one example, got none"
+    )
+
+
+def test_oracle_agreement_can_be_stopped():
+    def stop():
+        raise KeyboardInterrupt
+
+    model = small_net()
+    with pytest.raises(KeyboardInterrupt):
+        oracle_agreement(model, trace(model, IMAGES), [(IMAGES, LABELS)], "taylor_fo", check=stop)
+    assert model.training
 
 
 class Sleeper(nn.Module):

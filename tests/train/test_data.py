@@ -87,6 +87,22 @@ def test_image_folder(tmp_path, workers):
     assert (red[3] - red[:3]).min() > 1.0  # 90 levels of 255, over a deviation of 0.229: 1.54
 
 
+def test_the_training_set_to_measure_on_is_whole_and_unaugmented(tmp_path):
+    data = load_data("digits", 64, seed=3)
+    batches = list(data.unaugmented())
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert [len(labels) for _, labels in batches] == [62] * 5 + [61] * 17
+    assert not torch.equal(labels, data.train_set[1])  # a few batches hold every class
+    order = torch.randperm(1347, generator=torch.Generator().manual_seed(3 * 1_000_003))
+    assert torch.equal(images, data.train_set[0][order])
+    assert torch.equal(labels, data.train_set[1][order])
+    files = load_data(str(make_image_folder(tmp_path, train=5)), 4, image_size=16, workers=0)
+    first, again = list(files.unaugmented()), list(files.unaugmented())
+    assert [len(labels) for _, labels in first] == [4, 3, 3]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert torch.bincount(torch.cat([labels for _, labels in first])).tolist() == [5, 5]
+
+
 def test_an_epoch_of_files_can_begin_in_its_middle(tmp_path):
     data = load_data(str(make_image_folder(tmp_path, train=6)), 3, image_size=16, workers=0)
     whole = [labels.tolist() for _, labels in data.train(5)]
