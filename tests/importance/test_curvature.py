@@ -147,6 +147,32 @@ def test_outputs_with_a_row_for_every_token_are_right_or_refused(signs: EverySig
     torch.testing.assert_close(flat(model, scores), expected, **TIGHT)
 
 
+class InnerTokens(GatedNet):
+    """Tokens are rows inside only: layers read two rows of each example."""
+
+    input_shape = (4, 2, 7)
+    group_sizes = {"fc": 5}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.mid, self.head = nn.Linear(7, 5), nn.Linear(5, 3), nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.gated("fc", F.gelu(self.fc(x.flatten(0, 1))))
+        return self.head(self.mid(rows).view(len(x), 2, 3).mean(1))
+
+
+def test_rows_of_one_example_are_summed_before_they_are_squared(signs: EverySign) -> None:
+    model, x, target = still(InnerTokens)
+    groups = tc.trace(model, x, ignore=["mid"])
+    est = tc.Importance(model, groups, "taylor_so")
+    for _ in signs.all_of(CLASSES):
+        outputs = model(x)
+        est.backward(F.cross_entropy(outputs, target), outputs)
+    expected = second(slope_of(model, x, target), gauss_newton_of(model, x, target))
+    torch.testing.assert_close(est.scores()["fc"].double(), expected, **TIGHT)
+
+
 class TwoHeads(ConvBN):
     """An auxiliary head on the first layer."""
 
