@@ -28,9 +28,8 @@ def subtracts(span: Span, x: Tensor, width: int) -> bool:
 
     Not in 16 bits, where the output was rounded already; not where the channels are most of the input.
     """
-    arguments = _arguments(span)
     batched = span.func is F.linear or span.dim == 1
-    return batched and arguments.get("groups", 1) == 1 and x.dtype in _WIDE and 2 * width <= x.shape[span.dim]
+    return batched and x.dtype in _WIDE and 2 * width <= x.shape[span.dim]
 
 
 def subtract_channels(span: Span, x: Tensor, y: Tensor, channels: Tensor) -> Tensor:

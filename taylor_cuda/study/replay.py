@@ -179,9 +179,7 @@ class Part:
         channels: dict[str, Tensor] = {}
         for member in (*self.group.role("read"), *self.group.role("norm")):
             if member.tensor in self.sizes:
-                found = member.index[units].flatten(1)
-                before = channels.get(member.tensor)
-                channels[member.tensor] = found if before is None else torch.cat([before, found], 1)
+                channels[member.tensor] = member.index[units].flatten(1)
         kept = {
             name: torch.ones(len(units), self.sizes[name], dtype=torch.bool).scatter_(1, at, False)
             for name, at in channels.items()
@@ -221,9 +219,7 @@ def part_after(recording: Recording, group: ChannelGroup, count: int) -> Part:
 
 def _forward(recording: Recording, group: ChannelGroup, count: int, sizes: dict[str, int]) -> Iterator[_Step]:
     """Everything that the group's units reach, in order; ``sizes`` is filled."""
-    widths: dict[str, int] = {}
-    for member in (*group.role("read"), *group.role("norm")):
-        widths[member.tensor] = widths.get(member.tensor, 0) + count * member.width
+    widths = {member.tensor: count * member.width for member in (*group.role("read"), *group.role("norm"))}
     nodes, reached = recording.nodes, set[int]()
     index = 0
     while index < len(nodes):

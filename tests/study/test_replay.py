@@ -18,6 +18,8 @@ from taylor_cuda.graph.recorder import map_tensors
 from taylor_cuda.study import oracle_cost
 from taylor_cuda.study.batches import evaluating, mini_batches
 from taylor_cuda.study.evaluate import Evaluator
+from taylor_cuda.study.norms import normalised
+from taylor_cuda.study.recording import Span, UnrecordableError, _mark, _Ops
 from taylor_cuda.train.models import DigitsResNet
 from tests.graph.base import Net, conv, image
 from tests.graph.nets import NETS
@@ -145,6 +147,81 @@ def test_networks_of_torchvision(name: str):
             found = evaluator.losses(group, units)
             expected = torch.stack([evaluator._whole_pass({group: row}) for row in units])
             assert (found - expected).abs().max() < 1e-5
+
+
+class Strided(Net):
+    """Readers that subtract a product: of every second pixel, of tokens; and one that pads what it multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__(a=conv(3, 8), b=conv(8, 6, 1, stride=2), c=nn.Conv2d(8, 6, 1, padding=1, stride=(2, 2)))
+        self.t, self.u = nn.Conv2d(8, 6, 1, stride=(1, 2), bias=False), nn.Linear(8, 6)
+        self.fc = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        parts = [self.b(x), self.c(x), self.t(x), self.u(x.movedim(1, -1)).movedim(-1, 1)]
+        return self.fc(torch.cat([F.relu(part).mean((2, 3)) for part in parts], 1))
+
+
+class MaskedAttention(Net):
+    """Attention with a mask of each example's own."""
+
+    def __init__(self) -> None:
+        super().__init__(embed=nn.Linear(6, 8), qkv=nn.Linear(8, 24), proj=nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x[:, None, :, :1] + x[:, None, None, :, 0]) > -1
+        q, k, v = self.qkv(F.relu(self.embed(x))).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | torch.eye(x.shape[1], dtype=torch.bool))
+        return self.proj(y.transpose(1, 2).flatten(2)).mean(1)
+
+
+@pytest.mark.parametrize(("make", "inputs"), [(Strided, image), (MaskedAttention, lambda: torch.randn(4, 5, 6))])
+def test_strides_and_masks(make: Callable[[], nn.Module], inputs: Callable[[], Tensor]):
+    model, x = make().double().eval(), inputs().double()
+    groups = tc.trace(model, x)
+    with no_whole_passes():
+        found = tc.oracle(model, groups, squares, [(x, None)])
+    for group, expected in changes(model, groups, squares, [(x, None)]).items():
+        assert (found[group] - expected[0]).abs().max() < 1e-10
+
+
+def test_a_normalisation_over_what_is_kept():
+    x, kept = torch.randn(4, 5, 7).double(), torch.tensor([0, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
+    weight, bias = torch.randn(2, 7).double()
+    for func, vectors in ((F.layer_norm, (weight, bias)), (F.rms_norm, (weight,)), (F.layer_norm, (None, None))):
+        some = [None if vector is None else vector[kept] for vector in vectors]
+        expected = torch.zeros_like(x)
+        expected[..., kept] = func(x[..., kept], [5], *some, eps=0.1)
+        assert torch.allclose(normalised(func, x, vectors, 0.1, kept), expected, atol=1e-12)
+    default = normalised(F.rms_norm, 1e-8 * x, (weight,), None, torch.ones(7, dtype=torch.bool))
+    assert torch.allclose(default, F.rms_norm(1e-8 * x, [7], weight), atol=1e-12)
+
+
+def test_what_was_noted_is_not_changed_in_place():
+    """Ops inside another op, which ``functionalize`` doesn't meet."""
+    with _Ops([]) as ops:
+        y = 2 * _mark_first(ops, torch.tensor([1.0, 2.0]))
+        total = y.sum()
+        y.add_(1)
+        z = y * total
+    values = [tensor.tolist() for tensor in ops.recording.values.values()]
+    assert z.tolist() == [18.0, 30.0]
+    assert values == [[1.0, 2.0], [2.0, 4.0], 6.0, [3.0, 5.0], [18.0, 30.0]]
+    with _Ops([]) as ops:
+        y = 2 * _mark_first(ops, torch.tensor([1.0, 2.0]))
+        view = y[:1]
+        with pytest.raises(UnrecordableError, match="used elsewhere"):
+            y.add_(1)
+    assert view.tolist() == [2.0]
+    weight = torch.ones(2)
+    with _Ops([weight]), pytest.raises(UnrecordableError, match="used elsewhere"):
+        weight.add_(1)
+
+
+def _mark_first(ops: _Ops, x: Tensor) -> Tensor:
+    ops.spans.append(Span("read", "weight", 0, F.linear))
+    return _mark(x, 0)
 
 
 # -- what can't be recorded ----------------------------------------------------
