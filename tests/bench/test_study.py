@@ -52,6 +52,9 @@ def test_every_promise_is_kept_or_missed_alone():
     ):
         kept = promises(made_up(**changes))
         assert [index for index, (_, good) in enumerate(kept) if not good] == missed, changes
+    found = made_up()
+    found["networks"][RESIDUAL]["1"]["criteria"]["magnitude"]["overall"]["spearman"] = 0.68  # of one seed alone
+    assert [good for _, good in promises(found)] == [True] * 4 + [False]
     assert "0.910, 0.920, 0.930" in promises(made_up())[0][0]
 
 

@@ -99,6 +99,7 @@ def test_cache_answers_for_the_same_and_for_nothing_else(tmp_path):
     assert measured(fractions=(0.75, 0.25))[1] == 3
     assert measured(stop_above=1.0)[1] == 3
     assert measured(batches=[(inputs * 2, targets) for inputs, targets in batches])[1] == 3
+    assert measured(batches=[(-inputs, -targets) for inputs, targets in batches])[1] == 3  # of the same intact loss
     with torch.no_grad():
         model.last.weight[0, 0] += 1e-9
     assert measured()[1] == 3
