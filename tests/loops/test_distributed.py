@@ -97,6 +97,9 @@ def scores_are_those_of_the_whole_batch(rank: int) -> None:
         ("taylor_fg", "auto"),
         ("taylor_output", "auto"),
         ("taylor_weight", "auto"),
+        ("taylor_so", "auto"),
+        ("taylor_so_hessian", "auto"),
+        ("taylor_fo_fisher", "auto"),
     ):
         torch.manual_seed(0)
         model, whole = Net().eval(), Net().eval()
@@ -104,8 +107,9 @@ def scores_are_those_of_the_whole_batch(rank: int) -> None:
         options = {"criterion": criterion, "source": source, "every": 100}
         pruner, alone = tc.Pruner(Wrapper(model), EXAMPLE, **options), tc.Pruner(whole, EXAMPLE, **options)
         for (x, target), (x_all, target_all) in zip(halves(rank, 2), batches(2), strict=True):
-            pruner.backward(F.cross_entropy(pruner._replicas.wrapper(x), target))
-            alone.backward(F.cross_entropy(whole(x_all), target_all))
+            outputs, all_outputs = pruner._replicas.wrapper(x), whole(x_all)
+            pruner.backward(F.cross_entropy(outputs, target), outputs)
+            alone.backward(F.cross_entropy(all_outputs, target_all), all_outputs)
             model.zero_grad()
             whole.zero_grad()
         for name, score in pruner.importance.scores().items():
