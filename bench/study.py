@@ -101,7 +101,7 @@ def facts(found: Comparison) -> Study:
                 "overall": plain(row.agreement.overall),
                 "layers": plain(row.agreement.mean),
                 "seconds": row.seconds,
-                "relative": row.seconds / found.pass_seconds,
+                "relative": row.relative,
             }
             for row in found.rows
         },

@@ -86,7 +86,6 @@ def compare(
     squares = {name: change.detach().double().square() for name, change in truth.items()}
     agreement(squares, {group.name: torch.empty(group.size) for group in groups})  # raises unless it fits
     job = _Job(model, groups, loss_fn, held, wanted, metric, loss if loss is not None else loss_fn, seed)
-    forward_backward = job.plain_seconds()
     intact, at_best = job.measure(None), job.after(squares)
     rows = []
     with tqdm(names, desc="compare", leave=False, disable=not progress) as bar:
@@ -100,7 +99,6 @@ def compare(
         oracle_after=at_best,
         examples=job.examples,
         batches=len(held),
-        pass_seconds=forward_backward,
         oracle_seconds=oracle_seconds,
     )
 
@@ -218,11 +216,12 @@ class _Job:
 
     def row(self, name: str, squares: Mapping[str, Tensor]) -> Row:
         """Everything about one criterion."""
+        beside = self.plain_seconds()
         try:
             scores, seconds = score(
                 self._model, self._groups, self._loss_fn, self._batches, name, loss=self._loss, seed=self._seed
             )
-            return Row(name, "", seconds, agreement(scores, squares), self.after(scores), scores)
+            return Row(name, "", seconds, beside, agreement(scores, squares), self.after(scores), scores)
         # Beside our own refusals: ops without a second derivative, and memory that doesn't suffice, are RuntimeErrors
         # of PyTorch. The model as such has run before.
         except (TaylorError, RuntimeError) as error:

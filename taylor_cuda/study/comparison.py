@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class Row:
         criterion: its name.
         reason: why this model can't have it; everything else is empty then.
         seconds: its pass over the batches, from making the estimator to its scores.
+        pass_seconds: a plain forward and backward pass over them, right before.
         agreement: of its scores with the squared change of the loss.
         after: by budget (``"macs=0.9"``), what removing the least valued units left, without fine-tuning; ``None``
             where no plan meets the budget.
@@ -44,9 +46,15 @@ class Row:
     criterion: str
     reason: str = ""
     seconds: float = math.nan
+    pass_seconds: float = math.nan
     agreement: Agreement | None = None
     after: dict[str, After | None] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def relative(self) -> float:
+        """Its seconds in plain forward and backward passes."""
+        return self.seconds / self.pass_seconds
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,6 @@ class Comparison:
         oracle_after: as ``Row.after``, with the squared truth for scores.
         examples: that everything was measured on.
         batches: that they came in.
-        pass_seconds: a plain forward and backward pass over them.
         oracle_seconds: what the truth took; about 0 where it was given.
     """
 
@@ -70,8 +77,12 @@ class Comparison:
     oracle_after: dict[str, After | None]
     examples: int
     batches: int
-    pass_seconds: float
     oracle_seconds: float
+
+    @property
+    def pass_seconds(self) -> float:
+        """The median of the plain forward and backward passes over the examples, one of them beside each criterion."""
+        return statistics.median([row.pass_seconds for row in self.rows if row.agreement is not None] or [math.nan])
 
     def __getitem__(self, criterion: str) -> Row:
         for row in self.rows:
@@ -88,7 +99,7 @@ class Comparison:
             f"forward and backward passes {self.pass_seconds:.2f} s, oracle {self.oracle_seconds:.1f} s"
         )
         found = [row for row in self.rows if row.agreement is not None]
-        parts = [head, _agreements(found, self.pass_seconds)]
+        parts = [head, _agreements(found)]
         if self.oracle_after:
             parts.append(_removals([*found, Row("oracle", after=self.oracle_after)], list(self.oracle_after)))
         missing = [f"{row.criterion}: not on this model: {row.reason}" for row in self.rows if row.agreement is None]
@@ -127,15 +138,14 @@ def plain(value: Any) -> Any:
 _SHORT = {"pearson": "r", "spearman": "ρ", "kendall": "τ"}
 
 
-def _agreements(rows: list[Row], pass_seconds: float) -> str:
+def _agreements(rows: list[Row]) -> str:
     kinds = list(_SHORT)
     header = ["estimate vs oracle", *_SHORT.values(), *(f"{short} in group" for short in _SHORT.values())]
     lines = []
     for row in rows:
         assert row.agreement is not None
         values = [getattr(part, kind) for part in (row.agreement.overall, row.agreement.mean) for kind in kinds]
-        cost = f"{row.seconds / pass_seconds:.2f}" if pass_seconds > 0 else "-"
-        lines.append([row.criterion, *map(_correlation, values), f"{row.seconds:.2f}", cost])
+        lines.append([row.criterion, *map(_correlation, values), f"{row.seconds:.2f}", f"{row.relative:.2f}"])
     return (
         table([*header, "seconds", "× passes"], lines)
         + "\nPearson r, Spearman ρ, Kendall τ_b of scores with squared changes: all units together, mean over groups"

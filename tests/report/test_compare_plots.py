@@ -20,7 +20,7 @@ def some_comparison(**changes):
 
     def row(name, scores, losses):
         after = {f"macs={f}": None if loss is None else After(loss) for f, loss in zip((0.9, 0.5), losses, strict=True)}
-        return Row(name, "", 1.0, agreement(scores, squares), after, scores)
+        return Row(name, "", 1.0, 0.5, agreement(scores, squares), after, scores)
 
     rows = (
         row("taylor_so", squares, (0.2, 0.4)),
@@ -30,7 +30,7 @@ def some_comparison(**changes):
     values = {
         "rows": rows, "truth": TRUTH, "intact": After(0.1),
         "oracle_after": {"macs=0.9": After(0.15), "macs=0.5": After(0.3)},
-        "examples": 7, "batches": 2, "pass_seconds": 0.5, "oracle_seconds": 3.0,
+        "examples": 7, "batches": 2, "oracle_seconds": 3.0,
     }  # fmt: skip
     return Comparison(**{**values, **changes})
 
@@ -90,7 +90,8 @@ def test_removal_curves_begin_intact_and_end_with_their_names(tmp_path, drawn):
 
 def test_names_keep_apart(tmp_path, drawn):
     rows = tuple(
-        Row(f"criterion {i}", "", 1.0, some_comparison().rows[0].agreement, {"macs=0.5": After(1.0)}) for i in range(15)
+        Row(f"criterion {i}", "", 1.0, 0.5, some_comparison().rows[0].agreement, {"macs=0.5": After(1.0)})
+        for i in range(15)
     )
     write_removal_png(some_comparison(rows=rows, oracle_after={"macs=0.5": After(1.0)}), tmp_path / "r.png")
     heights = sorted(text.get_position()[1] for text in drawn[0].axes[0].texts)
