@@ -11,7 +11,11 @@ from typing import Any
 from taylor_cuda.report.compare_plots import COLOURS, FAINT, INK, REST, png
 
 KINDS = {"pearson": "Pearson", "spearman": "Spearman", "kendall": "Kendall"}
-TITLES = {"residual": "Residual network", "lenet": "LeNet with BatchNorm"}
+TITLES = {
+    "lenet": "LeNet with BatchNorm",
+    "residual": "Residual network",
+    "early": "Residual network after two epochs",
+}
 
 
 def means(study: dict[str, Any], network: str) -> list[dict[str, Any]]:
@@ -61,7 +65,8 @@ def markdown(study: dict[str, Any], promises: Sequence[tuple[str, bool]]) -> str
             f"## {TITLES[network]}",
             "",
             f"{units} units in {len(one['units'])} layers or coupled groups, {one['examples']:,} images, seeds "
-            f"{', '.join(runs)}. Plain forward and backward passes: {passes:.2f} s. The oracle: "
+            f"{', '.join(runs)}. Loss on them: {statistics.fmean(run['loss'] for run in runs.values()):.2g}. "
+            f"Plain forward and backward passes: {passes:.2f} s. The oracle: "
             f"{statistics.fmean(seconds):.0f} s.",
             "",
             _line(["criterion", *(f"{k}, all" for k in KINDS.values()), *(f"{k}, layer" for k in KINDS.values()),
