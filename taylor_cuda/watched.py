@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from taylor_cuda.distributed import Replicas
+from taylor_cuda.errors import InputError
 from taylor_cuda.graph import trace
 from taylor_cuda.graph.groups import Groups
 from taylor_cuda.importance import Importance
-from taylor_cuda.importance.criteria import Source
+from taylor_cuda.importance.criteria import Source, find_criterion
 from taylor_cuda.text import table
 
 
@@ -78,12 +79,17 @@ def watch(
     Args:
         model: the module itself, not a compiled one; or a ``DistributedDataParallel`` around it.
         example_inputs: see ``tc.trace``.
-        criterion: see ``tc.Importance``.
+        criterion: see ``tc.Importance``; none of those that need the model's outputs, which nobody gives here.
         ignore: see ``tc.trace``.
         source: see ``tc.Importance``.
         scaler: the loop's ``GradScaler``. Only needed where scores come from activations, whose gradients it doesn't
             unscale.
     """
+    if find_criterion(criterion).outputs:
+        raise InputError(
+            f"criterion: wanted one that gradients suffice for, got {criterion!r}; use tc.Importance and its "
+            "backward(loss, outputs), or 'taylor_fo'"
+        )
     replicas = Replicas(model)
     groups = trace(replicas.module, example_inputs, ignore=ignore)
     importance = Importance(replicas.module, groups, criterion, source=source, process_group=replicas.group)

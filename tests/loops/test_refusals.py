@@ -70,3 +70,10 @@ def test_an_accumulation_left_open_is_refused() -> None:
     assert (pruner.batches, pruner.importance.steps) == (1, 1)
     loop.step(batches(1)[0], pruner)
     assert pruner.step() is not None
+
+
+def test_a_criterion_that_needs_outputs_is_refused_where_nobody_gives_them() -> None:
+    model = Net()
+    with pytest.raises(tc.InputError, match="criterion: wanted one that gradients suffice for, got 'taylor_so'"):
+        tc.watch(model, EXAMPLE, "taylor_so").__enter__()
+    assert not model._forward_pre_hooks
