@@ -20,8 +20,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
-FOLDERS = ("ops", "graph", "importance", "planning", "surgery", "train", "report", "cli")
-BESIDE = ("kernels", "bench", "bench.suites", "bench.coverage")  # beside the package's folder, installed in it
+FOLDERS = ("ops", "graph", "importance", "planning", "surgery", "study", "train", "report", "cli")
+# beside the package's folder, installed in it
+BESIDE = ("kernels", "bench", "bench.suites", "bench.coverage", "bench.frontier")
 PACKAGES = ["taylor_cuda", *(f"taylor_cuda.{folder}" for folder in (*FOLDERS, *BESIDE))]
 TORCH_LIBRARIES = ("_C", "_C_cuda")  # loaded by torch, not by Python: no Python ABI in their names
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DTORCH_STABLE_ONLY"]  # torch 2.11 and all later ones

@@ -158,7 +158,7 @@ def test_every_branch_of_a_run_on_a_gpu(monkeypatch, capsys):
     options = Pretended(quick=True, seconds=0.001)
     # What a compiled step is has tests of its own.
     chosen = [entry for entry in entries(options) if entry.key.suite != "profile" and ":compiled" not in entry.key.op]
-    suites = {"scoring", "relu", "batch_norm_relu", "rank", "network", "step", "conv", "gather", "modes"}
+    suites = {"scoring", "relu", "batch_norm_relu", "rank", "network", "step", "conv", "gather", "modes", "curvature"}
     assert {entry.key.suite for entry in chosen} == suites
     seen, kept = set(), []
     for entry in chosen:
