@@ -93,8 +93,14 @@ def check_feasible(budget: Mapping[str, float], originals: Sequence[int], lowest
     asked = ", ".join(f"{name}={value:g}" for name, value in budget.items())
     raise BudgetError(
         f"budget: {asked} can't be met with {floors} (too low: {', '.join(missed)}); "
-        f"the nearest feasible budget is {','.join(f'{name}={value:g}' for name, value in nearest.items())}"
+        f"the nearest feasible budget is {','.join(f'{name}={_in_full(value)}' for name, value in nearest.items())}"
     )
+
+
+def _in_full(value: float) -> str:
+    """With every digit that it has: one third cut to six of them is less than a third, and may not be feasible."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _least_fraction(name: str, asked: float, originals: Sequence[int], lowest: Sequence[int]) -> float:

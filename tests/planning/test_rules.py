@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from taylor_cuda.errors import BudgetError
@@ -30,6 +30,7 @@ budgets = st.dictionaries(st.sampled_from(["macs", "params", "channels"]), fract
     rank=st.sampled_from(["value_per_cost", "value"]),
     seed=st.integers(0, 9),
 )
+@example(1, 12, False, {"channels": 1 / 3, "macs": 0.125}, 1, 3, 0.9, "value_per_cost", 0)  # a third has no last digit
 def test_floors_rounding_and_budgets_hold(
     left: int,
     right: int,
