@@ -50,6 +50,11 @@ class Folding(NamedTuple):
         return folded + -folded % MULTIPLE
 
 
+def has_tensor_cores(x: Tensor) -> bool:
+    """Whether the hardware multiplies tensors like x in blocks of channels."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
 def folding_of(
     x: Tensor,
     weight: Tensor,
@@ -59,20 +64,8 @@ def folding_of(
     groups: int,
 ) -> Folding | None:
     """How x [N, C, H, W] folds under weight [K, C, R, S], or None where that has nothing to offer."""
-    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
+    if not has_tensor_cores(x):
         return None
-    return shape_of_folding(x, weight, stride, padding, dilation, groups)
-
-
-def shape_of_folding(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Folding | None:
-    """The same for any device and dtype."""
     kernel = (weight.shape[2], weight.shape[3])
     strided = min(stride) > 1 and all(kernel[d] >= stride[d] for d in (0, 1))
     if not strided or groups != 1 or max(dilation) > 1 or not 0 < x.shape[1] <= MOST_CHANNELS or 0 in x.shape:

@@ -34,13 +34,20 @@ def tensors(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[o
     return x, weight, bias, [stride, padding, (1, 1), 1]
 
 
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every tensor were one for tensor cores."""
+    monkeypatch.setattr(folded_conv, "has_tensor_cores", lambda _x: True)
+
+
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("name", SHAPES)
 def test_it_is_the_convolution_and_its_gradients(name: str) -> None:
     x, weight, bias, geometry = tensors(name)
     expected = F.conv2d(x, weight, bias, *geometry)
     gradient = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, (x, weight, bias), gradient)
-    folding = folded_conv.shape_of_folding(x, weight, *geometry)
+    folding = folded_conv.folding_of(x, weight, *geometry)
     assert folding is not None
     with torch.no_grad():
         torch.testing.assert_close(folded_conv.convolve(x, weight, bias, folding), expected)
@@ -49,15 +56,20 @@ def test_it_is_the_convolution_and_its_gradients(name: str) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_without_tensor_cores_nothing_folds() -> None:
+    x, weight, _, geometry = tensors("four channels")
+    assert folded_conv.folding_of(x, weight, *geometry) is None
+
+
+@pytest.mark.usefixtures("everywhere")
 def test_what_has_nothing_to_gain_is_left_alone() -> None:
     x, weight, _, (stride, padding, dilation, groups) = tensors("four channels")
-    assert folded_conv.shape_of_folding(x, weight, stride, padding, dilation, groups) is not None
-    assert folded_conv.folding_of(x, weight, stride, padding, dilation, groups) is None  # no tensor cores there
+    assert folded_conv.folding_of(x, weight, stride, padding, dilation, groups) is not None
     for change in ({"stride": (1, 2)}, {"dilation": (2, 1)}, {"groups": 2}, {"stride": (4, 2)}):
         arguments = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups} | change
-        assert folded_conv.shape_of_folding(x, weight, **arguments) is None
+        assert folded_conv.folding_of(x, weight, **arguments) is None
     wide = torch.zeros(1, 5, 8, 8)
-    assert folded_conv.shape_of_folding(wide, torch.zeros(2, 5, 3, 3), stride, padding, dilation, groups) is None
+    assert folded_conv.folding_of(wide, torch.zeros(2, 5, 3, 3), stride, padding, dilation, groups) is None
 
 
 def test_the_faster_way_is_found_once_and_only_where_cudnn_looks_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +102,7 @@ def test_the_faster_way_is_found_once_and_only_where_cudnn_looks_too(monkeypatch
     assert choose("a") == "folded"
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_masked_convolution_takes_it(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
     x, weight, bias, (stride, padding, *_) = tensors("the first of a ResNet")
@@ -100,7 +113,6 @@ def test_a_masked_convolution_takes_it(monkeypatch: pytest.MonkeyPatch, packed: 
         taken.append(key)
         return folded()  # type: ignore[operator]
 
-    monkeypatch.setattr(folded_conv, "folding_of", folded_conv.shape_of_folding)
     monkeypatch.setattr(folded_conv, "choose", choose)
     column = mask.view(-1, 1, 1).double()
     expected = F.conv2d(x, weight, bias, stride, padding) * column
