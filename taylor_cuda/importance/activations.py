@@ -15,6 +15,7 @@ from taylor_cuda.errors import InputError
 from taylor_cuda.graph.program import Program
 from taylor_cuda.graph.sites import active_in_forward
 from taylor_cuda.importance.ride import Riding, RidingInputs
+from taylor_cuda.ops.reference import result_dtype
 
 
 @dataclass
@@ -167,8 +168,7 @@ class ReaderSums:
         if sums is not None:
             _check_batch(name, sums.shape, shape)
         if sums is None:
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            sums = current.sums[name] = torch.zeros(shape, dtype=dtype, device=x.device)
+            sums = current.sums[name] = torch.zeros(shape, dtype=result_dtype(x.dtype), device=x.device)
             if name in self._sites.kept:
                 current.kept[name] = self._sites.kept[name]
             current.length[name] = x[0, 0].numel()
@@ -183,8 +183,7 @@ class ReaderSums:
             return None
         current = self.passes[-1]
         if name not in current.sums:
-            dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-            current.sums[name] = torch.zeros(y.shape[-1], dtype=dtype, device=y.device)
+            current.sums[name] = torch.zeros(y.shape[-1], dtype=result_dtype(y.dtype), device=y.device)
         return current.sums[name]
 
     @torch.no_grad()

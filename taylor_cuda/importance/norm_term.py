@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from taylor_cuda.graph.groups import named_tensors
 from taylor_cuda.graph.sites import RMS_NORMS, ReaderInputs, Transform
+from taylor_cuda.ops.reference import result_dtype
 
 SumsOf = Callable[[str, Tensor], Tensor | None]
 """``(name of the normalisation's weight, its output [..., C]) -> [C]`` to add the term to, or none to leave it out."""
@@ -49,7 +50,7 @@ def statistics_term(
     Returns:
         ``[C]``, float64 for float64 x, otherwise float32.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = result_dtype(x.dtype)
     channels = x.shape[-1]
     normed = x.detach().to(dtype).reshape(-1, channels)
     if centred:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.graph.recorder import leaves
+from taylor_cuda.ops.reference import result_dtype
 
 __all__ = ["LOSSES", "OutputCurvature", "Probe", "loss_name", "read_by"]
 
@@ -133,14 +134,16 @@ class OutputCurvature:
         factor = torch.stack(factors).amax().clamp_min(1e-12)
         return Probe(
             tensors,
-            [(x.to(_wide(x)) * factor).to(x.dtype) for x in sent],
+            [(x.to(result_dtype(x.dtype)) * factor).to(x.dtype) for x in sent],
             [(c / factor).to(x.dtype) for c, x in zip(curved, tensors, strict=True)],
         )
 
     def _root(self, i: int, x: Tensor, slope: Tensor, generator: torch.Generator) -> _Root:
-        ask = torch.randn((1, *x.shape[1:]), generator=generator, device=x.device, dtype=_wide(x)).expand_as(x)
+        ask = torch.randn(
+            (1, *x.shape[1:]), generator=generator, device=x.device, dtype=result_dtype(x.dtype)
+        ).expand_as(x)
         (curved,) = _derivative([slope], [x], [ask.to(x.dtype)])
-        ask = ask.to(x.dtype).to(_wide(x))
+        ask = ask.to(x.dtype).to(result_dtype(x.dtype))
         if self.loss == "cross_entropy":
             return self._of_cross_entropy(i, x, slope, ask, curved)
         (diagonal,) = _derivative([slope], [x], [torch.ones_like(x)])
@@ -151,7 +154,7 @@ class OutputCurvature:
     def _of_cross_entropy(self, i: int, x: Tensor, slope: Tensor, ask: Tensor, curved: Tensor) -> _Root:
         """H = w·(diag(p) - p·pᵀ) at every position: w is found from what H makes of ``ask``."""
         dim = self._class_dims.get(i) or self._class_dim(i, x, slope, ask, curved)
-        p = x.detach().to(_wide(x)).softmax(dim)
+        p = x.detach().to(result_dtype(x.dtype)).softmax(dim)
         weight = _weight(p, ask, curved, dim)[0].clamp_min(0).sqrt()
         root = p.sqrt()
 
@@ -166,7 +169,7 @@ class OutputCurvature:
             raise InputError(f"outputs: wanted [N, classes, …] for loss='cross_entropy', got shape {tuple(x.shape)}")
         left, weights = {}, {}
         for dim in dict.fromkeys((1, x.dim() - 1)):
-            p = x.detach().to(_wide(x)).softmax(dim)
+            p = x.detach().to(result_dtype(x.dtype)).softmax(dim)
             weights[dim], form = _weight(p, ask, curved, dim)
             left[dim] = curved - weights[dim] * form
             if i not in self._checked and bool(form.any() & slope.any() & ~curved.any()):
@@ -233,12 +236,14 @@ def _derivative(grads: Sequence[Tensor], tensors: Sequence[Tensor], along: Seque
     """The Hessian times a vector, wide; zeros where the gradient doesn't depend on a tensor."""
     chosen = [(grad, one) for grad, one in zip(grads, along, strict=True) if grad.requires_grad]
     if not chosen:
-        return [torch.zeros(x.shape, dtype=_wide(x), device=x.device) for x in tensors]
+        return [torch.zeros(x.shape, dtype=result_dtype(x.dtype), device=x.device) for x in tensors]
     found = torch.autograd.grad(
         [grad for grad, _ in chosen], tensors, [one for _, one in chosen], retain_graph=True, allow_unused=True
     )
     return [
-        torch.zeros(x.shape, dtype=_wide(x), device=x.device) if one is None else one.detach().to(_wide(x))
+        torch.zeros(x.shape, dtype=result_dtype(x.dtype), device=x.device)
+        if one is None
+        else one.detach().to(result_dtype(x.dtype))
         for x, one in zip(tensors, found, strict=True)
     ]
 
@@ -253,16 +258,12 @@ def _weight(p: Tensor, ask: Tensor, curved: Tensor, dim: int) -> tuple[Tensor, T
 def _signs(x: Tensor, generator: torch.Generator, rows: int) -> Tensor:
     """Signs for the rows of one example, and the same for all others."""
     drawn = torch.randint(0, 2, (rows, *x.shape[1:]), generator=generator, device=x.device)
-    signs = drawn.to(_wide(x)) * 2 - 1
+    signs = drawn.to(result_dtype(x.dtype)) * 2 - 1
     return signs if rows == 1 else signs.repeat(len(x) // rows, *(1,) * (x.dim() - 1))
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _size(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=_wide(x))
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=result_dtype(x.dtype))
     return norm
 
 

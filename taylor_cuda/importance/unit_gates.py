@@ -11,6 +11,7 @@ from taylor_cuda.errors import InputError
 from taylor_cuda.graph.checks import check_not_compacted
 from taylor_cuda.graph.groups import ChannelGroup, named_tensors
 from taylor_cuda.graph.sites import ReaderInputs, active_in_forward
+from taylor_cuda.ops.reference import result_dtype
 
 __all__ = ["UnitGates"]
 
@@ -56,9 +57,8 @@ class UnitGates:
     def _gated(self, name: str, x: Tensor, dim: int) -> Tensor:
         if not torch.is_grad_enabled():
             return x
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self._gates is None:
-            self._gates = torch.ones(self._units, dtype=wide, device=x.device, requires_grad=True)
+            self._gates = torch.ones(self._units, dtype=result_dtype(x.dtype), device=x.device, requires_grad=True)
         index = self._gate_of[name]
         if index.device != x.device:
             index = self._gate_of[name] = index.to(x.device)
