@@ -19,7 +19,7 @@ from taylor_cuda.train.environment import environment
 from taylor_cuda.train.loop import main_output
 from taylor_cuda.train.recipe import Stages
 from taylor_cuda.train.session import CHECKPOINT, Session
-from taylor_cuda.train.state import Position, RunInterruptedError, stop_between_steps
+from taylor_cuda.train.state import Position
 
 ORACLE = "oracle.pt"
 
@@ -89,18 +89,12 @@ def run(
     else:
         session.begin_log()
         (config.out / ORACLE).unlink(missing_ok=True)
-    with stop_between_steps() as session.stop:
-        try:
-            if session.position.stage == "base":
-                Stages(session, tell, progress).base()
-                session.position = Position("compare")
-            answer = _ask(session, groups, question, progress)
-            finish(answer)
-        except KeyboardInterrupt:
-            session.save()
-            raise RunInterruptedError(
-                f"interrupted in stage {session.position.stage!r}; state saved in {config.out / CHECKPOINT}"
-            ) from None
+    with session.interruptible():
+        if session.position.stage == "base":
+            Stages(session, tell, progress).base()
+            session.position = Position("compare")
+        answer = _ask(session, groups, question, progress)
+        finish(answer)
     for name in (CHECKPOINT, ORACLE):
         (config.out / name).unlink(missing_ok=True)
     return answer

@@ -26,7 +26,7 @@ from taylor_cuda.train.loop import (
 )
 from taylor_cuda.train.models import layer_widths
 from taylor_cuda.train.session import CHECKPOINT, MODEL, Session
-from taylor_cuda.train.state import Position, RunInterruptedError, stop_between_steps
+from taylor_cuda.train.state import Position
 
 
 def run(
@@ -57,15 +57,9 @@ def run(
     else:
         session.begin()
     stages = Stages(session, tell, progress)
-    with stop_between_steps() as session.stop:
-        try:
-            summary = stages.run()
-            finish(summary)
-        except KeyboardInterrupt:
-            session.save()
-            raise RunInterruptedError(
-                f"interrupted in stage {session.position.stage!r}; state saved in {config.out / CHECKPOINT}"
-            ) from None
+    with session.interruptible():
+        summary = stages.run()
+        finish(summary)
     (config.out / CHECKPOINT).unlink(missing_ok=True)
     return summary
 

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,15 @@ from taylor_cuda.train.environment import environment, find_device
 from taylor_cuda.train.loop import main_output, to_device
 from taylor_cuda.train.messages import first_line
 from taylor_cuda.train.models import load_model
-from taylor_cuda.train.state import Position, StopRequest, load_state, restore_rng, save_state
+from taylor_cuda.train.state import (
+    Position,
+    RunInterruptedError,
+    StopRequest,
+    load_state,
+    restore_rng,
+    save_state,
+    stop_between_steps,
+)
 
 CHECKPOINT, MODEL, LOG = "checkpoint.pt", "model.safetensors", "log.jsonl"
 PROBE = 64
@@ -192,6 +201,22 @@ class Session:
             lines.write(json.dumps(record) + "\n")
 
     # -- stopping and going on -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Ctrl-C ends the body between two steps, and the state is saved.
+
+        Raises:
+            RunInterruptedError: in its place.
+        """
+        with stop_between_steps() as self.stop:
+            try:
+                yield
+            except KeyboardInterrupt:
+                self.save()
+                raise RunInterruptedError(
+                    f"interrupted in stage {self.position.stage!r}; state saved in {self.config.out / CHECKPOINT}"
+                ) from None
 
     def save(self) -> None:
         """Write everything into one file, from which ``restore`` goes on."""
