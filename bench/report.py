@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from taylor_cuda.bench.rows import IDENTITY, Row, newest_rows
+from taylor_cuda.bench.rows import IDENTITY, Row, commit_of, newest_rows
 from taylor_cuda.text import table
 
 
@@ -26,7 +26,7 @@ def _table(device: str, suite: str, rows: list[Row]) -> str:
     header = ["op", "case", "dtype", "layout", "provider", "timer", "median"]
     header += ["GB/s", "of copy"] if bandwidth else []
     header += [f"vs {peer}" for peer in peers]
-    lines = [f"### {suite} on {device}", "", _line(header), _line(["---"] * len(header))]
+    lines = [f"### {suite} on {device}", "", table_line(header), table_line(["---"] * len(header))]
     for row in mine:
         cells = [
             row["op"],
@@ -41,7 +41,7 @@ def _table(device: str, suite: str, rows: list[Row]) -> str:
             rate = row["gb_per_s"]
             cells += [f"{rate:.0f}", f"{rate / row['ceiling_gb_per_s']:.0%}"] if rate else ["", ""]
         cells += [_ratio(row, peer) for peer in peers]
-        lines.append(_line(cells))
+        lines.append(table_line(cells))
     lines += ["", f"Ratios are the peer's median ÷ ours in the same run. {_runs(rows)}"]
     return "\n".join(lines)
 
@@ -81,7 +81,8 @@ def _text_table(suite: str, rows: list[Row]) -> str:
     return table([header[column] for column in kept], [[row[column] for column in kept] for row in cells])
 
 
-def _line(cells: Sequence[Any]) -> str:
+def table_line(cells: Sequence[Any]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -103,7 +104,7 @@ def _duration(microseconds: float) -> str:
 def _runs(rows: Sequence[Row]) -> str:
     runs = {
         f"run {row['run_id']} of {row['time'][:10]}, "
-        f"commit {(row['commit'] or 'unknown')[:9]}{' (changed)' if row['dirty'] else ''}, "
+        f"{commit_of(row)}, "
         f"torch {row['torch']}, {row.get('threads', '?')} threads, copy {row['ceiling_gb_per_s']:.0f} GB/s"
         for row in rows
     }

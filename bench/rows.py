@@ -125,3 +125,8 @@ def newest_rows(rows: Iterable[Row]) -> list[Row]:
             held.clear()
         held.append(row)
     return [row for held in latest.values() for row in held]
+
+
+def commit_of(row: Row) -> str:
+    """``commit 0123456ab (changed)``."""
+    return f"commit {(row['commit'] or 'unknown')[:9]}{' (changed)' if row['dirty'] else ''}"

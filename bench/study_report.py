@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from taylor_cuda.bench.report import table_line
+from taylor_cuda.bench.rows import commit_of
 from taylor_cuda.report.compare_plots import COLOURS, FAINT, INK, REST, png
 
 KINDS = {"pearson": "Pearson", "spearman": "Spearman", "kendall": "Kendall"}
@@ -69,17 +71,17 @@ def markdown(study: dict[str, Any], promises: Sequence[tuple[str, bool]]) -> str
             f"Plain forward and backward passes: {passes:.2f} s. The oracle: "
             f"{statistics.fmean(seconds):.0f} s.",
             "",
-            _line(["criterion", *(f"{k}, all" for k in KINDS.values()), *(f"{k}, layer" for k in KINDS.values()),
+            table_line(["criterion", *(f"{k}, all" for k in KINDS.values()), *(f"{k}, layer" for k in KINDS.values()),
                    "Spearman by seed", "seconds", "× passes"]),
-            _line(["---"] * 10),
+            table_line(["---"] * 10),
         ]  # fmt: skip
-        lines += [_line(_cells(entry)) for entry in means(study, network)]
+        lines += [table_line(_cells(entry)) for entry in means(study, network)]
     lines += ["", "## Promises", "", *(f"- {'kept' if good else '**missed**'}: {text}" for text, good in promises)]
     where = study["environment"]
-    commit = f"commit {(where['commit'] or 'unknown')[:9]}{' (changed)' if where['dirty'] else ''}"
     lines += [
         "",
-        f"{where['time'][:10]}, {where['device_name']}, {where['threads']} threads, torch {where['torch']}, {commit}.",
+        f"{where['time'][:10]}, {where['device_name']}, {where['threads']} threads, torch {where['torch']}, "
+        f"{commit_of(where)}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -94,10 +96,6 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 
 def _shown(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def write_picture(study: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from taylor_cuda.bench.coverage.outcome import BUDGET, TRACE_SECONDS, WITHIN
-from taylor_cuda.bench.rows import Row, newest_rows, results_file
+from taylor_cuda.bench.report import table_line
+from taylor_cuda.bench.rows import Row, commit_of, newest_rows, results_file
 
 HEADER = ("network", "input", "trace", "parameters", f"MACs (asked {BUDGET:g})", "cut vs masked", "verdict")
 PEER_HEADER = ("Torch-Pruning", "groups in", "parameters", "cut vs masked")
@@ -33,10 +34,10 @@ def markdown(rows: Sequence[Row], order: Sequence[str]) -> str:
     """
     found = [row for row in rows if row["suite"] == "coverage"]
     ours, theirs = ({row["case"]: row for row in newest_rows(part)} for part in _by_provider(found))
-    lines = ["# What can be pruned, and is it right?", "", _line([*HEADER, *PEER_HEADER])]
-    lines.append(_line(["---"] * (len(HEADER) + len(PEER_HEADER))))
+    lines = ["# What can be pruned, and is it right?", "", table_line([*HEADER, *PEER_HEADER])]
+    lines.append(table_line(["---"] * (len(HEADER) + len(PEER_HEADER))))
     shown = [name for name in order if name in ours]
-    lines += [_line([*_our_cells(ours[name]), *_peer_cells(theirs.get(name))]) for name in shown]
+    lines += [table_line([*_our_cells(ours[name]), *_peer_cells(theirs.get(name))]) for name in shown]
     lines += [
         "",
         "Written by `python -m taylor_cuda.bench.coverage`, whose docstring says what each column is. " + _promise(),
@@ -54,10 +55,6 @@ def markdown(rows: Sequence[Row], order: Sequence[str]) -> str:
 
 def _by_provider(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return [row for row in rows if row["provider"] == "ours"], [row for row in rows if row["provider"] != "ours"]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _our_cells(row: Row) -> list[str]:
@@ -101,7 +98,7 @@ def _promise() -> str:
 def _runs(rows: Sequence[Row]) -> str:
     runs = {
         f"run {row['run_id']} of {row['time'][:10]} on {row['device_name']}, {row['threads']} threads, "
-        f"torch {row['torch']}, commit {(row['commit'] or 'unknown')[:9]}{' (changed)' if row['dirty'] else ''}"
+        f"torch {row['torch']}, {commit_of(row)}"
         for row in rows
     }
     return "; ".join(sorted(runs)) + "."

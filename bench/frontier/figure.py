@@ -9,17 +9,15 @@ from typing import Any
 from taylor_cuda.bench.frontier.table import Spread, curves
 from taylor_cuda.bench.rows import Row
 from taylor_cuda.errors import InputError
-from taylor_cuda.files import replacing
+from taylor_cuda.report.compare_plots import COLOURS, FAINT, INK, REST, png
 
-INK, FAINT = "#333333", "#c9ced6"
-
-# The colours of Okabe and Ito, which all kinds of sight tell apart; the peer's lines are broken, the floor is grey.
+# A criterion has its colour of the other pictures; the peer's lines are broken, the floor is grey.
 STYLES = {
-    "ours:taylor_fo": ("#0072B2", "-", "o"),
-    "ours:taylor_so": ("#D55E00", "-", "s"),
-    "ours:fisher": ("#009E73", "-", "^"),
-    "ours:magnitude": ("#CC79A7", "-", "D"),
-    "ours:random": ("#8a8f98", ":", "x"),
+    "ours:taylor_fo": (COLOURS["taylor_fo"], "-", "o"),
+    "ours:taylor_so": (COLOURS["taylor_so"], "-", "s"),
+    "ours:fisher": (COLOURS["fisher"], "-", "^"),
+    "ours:magnitude": (COLOURS["magnitude"], "-", "D"),
+    "ours:random": (REST, ":", "x"),
     "torch-pruning:taylor": ("#000000", "--", "v"),
     "torch-pruning:magnitude": ("#B8860B", "--", "P"),
 }
@@ -38,11 +36,6 @@ def write_figure(rows: Sequence[Row], path: Path) -> None:
     Raises:
         InputError: matplotlib isn't installed, or there is no point that every seed has.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(f"plot: the picture needs matplotlib ({error}); pip install matplotlib") from error
     panels = [
         ("After equal fine-tuning", curves(rows, "accuracy")),
         ("Right after the last removal, before fine-tuning", curves(rows, "accuracy_cut")),
@@ -50,23 +43,19 @@ def write_figure(rows: Sequence[Row], path: Path) -> None:
     if not panels[0][1]:
         raise InputError("plot: there is no point that every seed has, so there is nothing to draw")
     base = Spread(tuple({row["seed"]: row["accuracy_base"] for row in rows}.values()))
-    # Without pyplot, so no display is looked for and no global state is left behind.
-    figure = Figure(figsize=(13, 5.6), layout="constrained", dpi=130)
-    FigureCanvasAgg(figure)
-    for axes, (title, found) in zip(figure.subplots(1, 2), panels, strict=True):
-        _panel(axes, title, found, base)
     row = rows[-1]
     chosen = row["settings"]
-    figure.suptitle(
-        f"Accuracy against MACs: ResNet-18, width {chosen['width']}, {chosen['classes']} classes of glyphs in faces "
-        f"never trained on; {len(base.values)} "
-        f"seed{'s' if len(base.values) > 1 else ''}, {row['device_name']}",
-        fontsize=11,
-        color=INK,
-    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+    with png(path, (13, 5.6)) as figure:
+        for axes, (title, found) in zip(figure.subplots(1, 2), panels, strict=True):
+            _panel(axes, title, found, base)
+        figure.suptitle(
+            f"Accuracy against MACs: ResNet-18, width {chosen['width']}, {chosen['classes']} classes of glyphs in "
+            f"faces never trained on; {len(base.values)} "
+            f"seed{'s' if len(base.values) > 1 else ''}, {row['device_name']}",
+            fontsize=11,
+            color=INK,
+        )
 
 
 def _panel(axes: Any, title: str, found: Mapping[str, Mapping[float, Spread]], base: Spread) -> None:

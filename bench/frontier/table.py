@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from taylor_cuda.bench.rows import Row
+from taylor_cuda.bench.report import table_line
+from taylor_cuda.bench.rows import Row, commit_of
 
 SUITE = "frontier"
 IDENTITY = ("case", "device", "device_name", "settings", "base", "seed", "provider", "budget")
@@ -88,18 +89,18 @@ def markdown(rows: Sequence[Row], order: Sequence[str]) -> str:
     base = Spread(tuple({row["seed"]: row["accuracy_base"] for row in rows}.values()))
     parts = [_heading(rows, base)]
     for title, found in (("After fine-tuning", after), ("Right after the last removal", cut)):
-        lines = [_line(["accuracy", *(f"{budget:.0%} of the MACs" for budget in budgets)])]
-        lines.append(_line(["---"] * (1 + len(budgets))))
+        lines = [table_line(["accuracy", *(f"{budget:.0%} of the MACs" for budget in budgets)])]
+        lines.append(table_line(["---"] * (1 + len(budgets))))
         for name in shown:
             best = [max(found[one][b].mean for one in shown if b in found[one]) for b in budgets]
             cells = [found[name].get(budget) for budget in budgets]
             texts = [_strong(cell, top) for cell, top in zip(cells, best, strict=True)]
-            lines.append(_line([name, *texts]))
+            lines.append(table_line([name, *texts]))
         parts.append(f"**{title}**\n\n" + "\n".join(lines))
-    lines = [_line(["seconds", "removals", "pruning phase, with its steps"]), _line(["---"] * 3)]
+    lines = [table_line(["seconds", "removals", "pruning phase, with its steps"]), table_line(["---"] * 3)]
     for name in shown:
         figures = [fmean(spread.mean for spread in found[name].values()) for found in (removing, pruning)]
-        lines.append(_line([name, *(f"{figure:.2f}" for figure in figures)]))
+        lines.append(table_line([name, *(f"{figure:.2f}" for figure in figures)]))
     parts.append("**Seconds of one point, mean over budgets and seeds**\n\n" + "\n".join(lines))
     furthest = max(abs(row["macs"] / row["budget"] - 1) for row in rows)
     parts.append(f"Every network costs what was asked to within {furthest:.1%}. {_runs(rows)}")
@@ -126,14 +127,9 @@ def _strong(cell: Spread | None, best: float) -> str:
     return f"**{cell.percent()}**" if cell.mean == best else cell.percent()
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _runs(rows: Sequence[Row]) -> str:
     runs = {
-        f"run {row['run_id']} of {row['time'][:10]}, {row['threads']} threads, torch {row['torch']}, "
-        f"commit {(row['commit'] or 'unknown')[:9]}{' (changed)' if row['dirty'] else ''}"
+        f"run {row['run_id']} of {row['time'][:10]}, {row['threads']} threads, torch {row['torch']}, {commit_of(row)}"
         for row in rows
     }
     return "; ".join(sorted(runs)) + "."
