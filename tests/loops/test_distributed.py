@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as Wrapper
@@ -20,6 +18,7 @@ from torch.optim import SGD
 import taylor_cuda as tc
 from taylor_cuda.distributed import Replicas
 from tests.loops.loop import EXAMPLE, DictAverage, Net, batches
+from tests.ranks import check_passed, go_through, on_two_ranks
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
 
@@ -212,44 +211,20 @@ CASES: dict[str, Callable[[int], None]] = {
 
 
 def work(rank: int, folder: str) -> None:
-    """All cases in one process, because starting one takes seconds."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for name, case in CASES.items():
-        started = time.perf_counter()
-        try:
-            case(rank)
-            result = ""
-        except Exception:
-            result = traceback.format_exc()
-        Path(folder, f"{name}.{rank}.txt").write_text(result or f"passed in {time.perf_counter() - started:.1f} s")
-        if result:
-            break  # the other rank may wait where this one no longer comes
-        dist.barrier()
-    dist.destroy_process_group()
+    go_through({name: partial(case, rank) for name, case in CASES.items()}, rank, folder)
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    context = mp.spawn(work, (str(folder),), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
-    try:
-        while time.monotonic() < deadline and not context.join(timeout=1):
-            if any(not path.read_text().startswith("passed") for path in folder.glob("*.txt")):
-                break
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        (folder / "died.txt").write_text(str(error))
-    for process in context.processes:
-        process.kill()
+    on_two_ranks(work, folder, seconds=120)
     return folder
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks(case: str, rank: int, outcomes: Path) -> None:
-    results = {path.stem: path.read_text() for path in sorted(outcomes.glob("*.txt"), key=lambda p: p.stat().st_mtime)}
-    assert results.get(f"{case}.{rank}", "").startswith("passed"), "\n".join(f"{k}: {v}" for k, v in results.items())
+    check_passed(case, rank, outcomes)
 
 
 def test_one_process_needs_no_group() -> None:

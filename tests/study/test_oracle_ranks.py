@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import taylor_cuda as tc
 from taylor_cuda.study.evaluate import Evaluator
 from tests.loops.loop import Net, batches
+from tests.ranks import check_passed, go_through, on_two_ranks
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
 
@@ -77,39 +76,17 @@ CASES: dict[str, Callable[[int, Path], None]] = {
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for name, case in CASES.items():
-        try:
-            case(rank, Path(folder))
-            result = "passed"
-        except Exception:
-            result = traceback.format_exc()
-        Path(folder, f"{name}.{rank}.txt").write_text(result)
-        if result != "passed":
-            break  # the other rank may wait where this one no longer comes
-        dist.barrier()
-    dist.destroy_process_group()
+    go_through({name: partial(case, rank, Path(folder)) for name, case in CASES.items()}, rank, folder)
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    context = mp.spawn(work, (str(folder),), nprocs=2, join=False)
-    deadline = time.monotonic() + 60
-    try:
-        while time.monotonic() < deadline and not context.join(timeout=1):
-            if any(path.read_text() != "passed" for path in folder.glob("*.txt")):
-                break
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        (folder / "died.txt").write_text(str(error))
-    for process in context.processes:
-        process.kill()
+    on_two_ranks(work, folder, seconds=60)
     return folder
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks(case: str, rank: int, outcomes: Path) -> None:
-    results = {path.stem: path.read_text() for path in outcomes.glob("*.txt")}
-    assert results.get(f"{case}.{rank}") == "passed", "\n".join(f"{k}: {v}" for k, v in results.items())
+    check_passed(case, rank, outcomes)
