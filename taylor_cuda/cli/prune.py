@@ -13,9 +13,10 @@ from taylor_cuda.importance.criteria import CRITERIA, find_criterion
 from taylor_cuda.planning import parse_budget
 from taylor_cuda.report import measured_lines, run_table, write_summary, write_widths_svg
 from taylor_cuda.surgery.modes import MODES
-from taylor_cuda.train.config import RunConfig, Summary
+from taylor_cuda.train.config import RunConfig
 from taylor_cuda.train.models import SPEC_FORMS
-from taylor_cuda.train.recipe import run as run_recipe
+from taylor_cuda.train.pruning import run as run_recipe
+from taylor_cuda.train.summary import Summary
 
 DESCRIPTION = f"""\
 Train a network, remove channels while it trains until a budget is met, fine-tune, save, report.

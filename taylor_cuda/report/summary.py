@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from taylor_cuda.files import replacing
-from taylor_cuda.train.config import Summary
+from taylor_cuda.train.summary import Summary
 
 
 def summary_dict(summary: Summary) -> dict[str, Any]:

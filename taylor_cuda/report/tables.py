@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from taylor_cuda.text import table
-from taylor_cuda.train.config import Summary
+from taylor_cuda.train.summary import Summary
 
 
 def run_table(summary: Summary) -> str:

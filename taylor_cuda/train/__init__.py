@@ -1,8 +1,9 @@
 """A training run around the pruner: models and data by name, the loop, the recipe of ``taylor-cuda prune``."""
 
-from taylor_cuda.train.config import RunConfig, Summary
+from taylor_cuda.train.config import RunConfig
 from taylor_cuda.train.loop import evaluate, recalibrate_batch_norm
 from taylor_cuda.train.models import load_model
-from taylor_cuda.train.recipe import run
+from taylor_cuda.train.pruning import run
+from taylor_cuda.train.summary import Summary
 
 __all__ = ["RunConfig", "Summary", "evaluate", "load_model", "recalibrate_batch_norm", "run"]

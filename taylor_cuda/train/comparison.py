@@ -17,7 +17,7 @@ from taylor_cuda.study.compare import BUDGETS, criteria_named
 from taylor_cuda.train.config import RunConfig
 from taylor_cuda.train.environment import environment
 from taylor_cuda.train.loop import main_output
-from taylor_cuda.train.recipe import Stages
+from taylor_cuda.train.pruning import Stages
 from taylor_cuda.train.session import CHECKPOINT, Session
 from taylor_cuda.train.state import Position
 

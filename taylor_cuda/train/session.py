@@ -87,7 +87,9 @@ class Session:
         self.device = find_device(config.device)
         find_criterion(config.criterion)
         pin_memory = self.device.type == "cuda"
-        self.data = load_data(config.data, config.batch, config.seed, config.image_size, config.workers, pin_memory)
+        self.data = load_data(
+            config.data, config.split(ranks=1)[0], config.seed, config.image_size, config.workers, pin_memory
+        )
         torch.manual_seed(config.seed)
         self.model = load_model(config.model, config.num_classes, config.weights).to(self.device)
         self.steps = min(self.data.steps_per_epoch, config.steps_limit or self.data.steps_per_epoch)

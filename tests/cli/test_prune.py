@@ -13,7 +13,7 @@ import torchvision
 from taylor_cuda.cli.main import main
 from taylor_cuda.errors import InputError
 from taylor_cuda.surgery import load, save
-from taylor_cuda.train import recipe
+from taylor_cuda.train import pruning
 from taylor_cuda.train.data import TensorData, load_data
 from taylor_cuda.train.loop import evaluate
 from taylor_cuda.train.models import DigitsResNet
@@ -217,7 +217,7 @@ def test_image_folder_with_a_zoo_model(monkeypatch, tmp_path):
             outputs.append(model.eval()(x))
         save(model, path, metadata)
 
-    monkeypatch.setattr(recipe, "save", save_and_remember)
+    monkeypatch.setattr(pruning, "save", save_and_remember)
     code = prune(
         "torchvision:resnet18", "--data", data, "--budget", "macs=0.5", "--epochs", "1", "--image-size", "64",
         "--batch", "8", "--every", "2", "--steps", "2", "--workers", "1", "--measure-seconds", "0.01", "--out", out,

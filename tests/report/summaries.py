@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from taylor_cuda.train.config import Summary
+from taylor_cuda.train.summary import Summary
 
 
 def some_summary(**changes):

@@ -11,7 +11,7 @@ from taylor_cuda.graph import trace
 from taylor_cuda.pruner import Pruner
 from taylor_cuda.surgery import save
 from taylor_cuda.train.checks import SourceComparison, oracle_agreement, scoring_cost, training_step_ms
-from taylor_cuda.train.config import RunConfig, Summary
+from taylor_cuda.train.config import RunConfig
 from taylor_cuda.train.environment import environment
 from taylor_cuda.train.latency import latency_ms
 from taylor_cuda.train.loop import (
@@ -27,6 +27,7 @@ from taylor_cuda.train.loop import (
 from taylor_cuda.train.models import layer_widths
 from taylor_cuda.train.session import CHECKPOINT, MODEL, Session
 from taylor_cuda.train.state import Position
+from taylor_cuda.train.summary import Summary
 
 
 def run(
