@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from taylor_cuda.errors import InputError
-from taylor_cuda.train.data import load_data, move_by_one
+from taylor_cuda.train.data import load_data
+from taylor_cuda.train.digits import move_by_one
 from tests.train.image_folders import make_image_folder
 
 
