@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from taylor_cuda.errors import InputError, TaylorError
+
+T = TypeVar("T")
 
 __all__ = ["Replicas", "gathered", "mean", "together", "total", "world_size"]
 
@@ -53,13 +55,13 @@ def total(tensor: Tensor, group: Any) -> Tensor:
     return result
 
 
-def gathered(text: str, group: Any) -> list[str]:
-    """What every rank of a process group gives, by rank; one text without a group."""
+def gathered(value: T, group: Any) -> list[T]:
+    """What every rank of a process group gives, by rank: anything that pickle takes; one value without a group."""
     if world_size(group) == 1:
-        return [text]
-    texts = [""] * world_size(group)
-    dist.all_gather_object(texts, text, group=group)
-    return texts
+        return [value]
+    values = [value] * world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from taylor_cuda.planning import parse_budget
 from taylor_cuda.report import measured_lines, run_table, write_summary, write_widths_svg
 from taylor_cuda.surgery.modes import MODES
 from taylor_cuda.train.config import RunConfig
+from taylor_cuda.train.launch import rank_of_environment
 from taylor_cuda.train.models import SPEC_FORMS
-from taylor_cuda.train.pruning import run as run_recipe
+from taylor_cuda.train.pruning import run as run_pruning
 from taylor_cuda.train.summary import Summary
 
 DESCRIPTION = f"""\
@@ -27,7 +28,8 @@ The models of timm and torchvision keep the head they come with (1000 outputs) u
 tc.load(torchvision.models.resnet18(), file) fits; a data set with fewer classes uses the first of them.
 
 Written to --out: model.safetensors (tc.load reads it), summary.json, log.jsonl, widths.svg.
-Ctrl-C saves the state; the same command with --resume goes on.
+Ctrl-C and SIGTERM save the state; the same command with --resume goes on. So it does after a crash, from the last of
+the checkpoints that are written after each epoch. On several GPUs: torchrun --nproc-per-node 8 -m taylor_cuda prune …
 """
 
 
@@ -86,7 +88,13 @@ def add_parser(commands: Any) -> None:
     add_training_options(training)
     running = parser.add_argument_group("running")
     running.add_argument("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/NAME)")
-    running.add_argument("--resume", action="store_true", help="go on where this command was interrupted")
+    running.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        choices=("auto",),
+        help="go on from the newest whole checkpoint of this command; auto: if there is one, else begin",
+    )
     running.add_argument("--steps-limit", type=int, metavar="N", help="at most N minibatches an epoch, for a trial run")
     running.add_argument(
         "--measure-seconds", type=float, metavar="X", help="time for each measurement of time (default: 5)"
@@ -142,7 +150,10 @@ def run(options: argparse.Namespace) -> int:
             print(f"no picture: {error}")
         write_summary(summary, config.out / "summary.json")
 
-    summary = run_recipe(config, getattr(options, "resume", False), tell=print, finish=finish, progress=True)
+    resume = getattr(options, "resume", False)
+    summary = run_pruning(config, resume, tell=lambda line: print(line, flush=True), finish=finish, progress=True)
+    if rank_of_environment()[0] > 0:
+        return 0
     print()
     print(run_table(summary))
     print()
