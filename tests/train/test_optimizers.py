@@ -34,7 +34,7 @@ def test_others_are_those_of_timm(name):
 
 
 def test_an_unknown_name_is_refused_with_its_neighbours():
-    with pytest.raises(InputError, match=r"'adamv' here; the nearest are .*adamw"):
+    with pytest.raises(InputError, match=r"'adamv' here; the nearest are .*adam"):
         new_optimizer("adamv", net(), 0.1, 0.0)
 
 
