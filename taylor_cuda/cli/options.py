@@ -25,7 +25,12 @@ __all__ = [
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Where data and weights come from."""
     data = parser.add_argument_group("model and data")
-    data.add_argument("--data", metavar="DIR", help="folder with train/CLASS/* and val/CLASS/* (default: digits)")
+    data.add_argument(
+        "--data",
+        metavar="DATA",
+        help="folder with train/CLASS/* and val/CLASS/*; synthetic, of ImageNet's size; or a function of yours that gives "
+        "loaders, package.module:function or path/to/file.py:function (default: digits)",
+    )
     data.add_argument(
         "--image-size", type=int, metavar="N", help="height and width of the images of --data (default: 224)"
     )

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from taylor_cuda.errors import CheckpointError, InputError
 from taylor_cuda.surgery import load
+from taylor_cuda.train.factories import call_factory, find_factory, split_spec, unknown_name
 from taylor_cuda.train.messages import first_line_and_place
 
 PRETRAINED = ("pretrained", "DEFAULT")
@@ -131,9 +128,7 @@ def _build(spec: str, num_classes: int | None, own_weights: str | None) -> nn.Mo
     if spec == "digits":
         _refuse_pretrained(spec, own_weights)
         return DigitsResNet(num_classes or 10)
-    library, colon, name = spec.rpartition(":")
-    if not colon or not library or not name:
-        raise InputError(f"model: wanted {SPEC_FORMS}, got {spec!r}")
+    library, name = split_spec("model", spec, SPEC_FORMS)
     if library == "timm":
         return _from_timm(name, num_classes, pretrained=own_weights is not None)
     if library == "torchvision":
@@ -150,7 +145,7 @@ def _refuse_pretrained(spec: str, own_weights: str | None) -> None:
 def _from_timm(name: str, num_classes: int | None, *, pretrained: bool) -> nn.Module:
     timm = _library("timm")
     if not timm.is_model(name):
-        raise _unknown("timm", name, timm.list_models())
+        raise unknown_name("model", "timm", name, timm.list_models())
     head = {} if num_classes is None else {"num_classes": num_classes}
     return _fetch(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained, **head), pretrained)
 
@@ -159,7 +154,7 @@ def _from_torchvision(name: str, num_classes: int | None, weights: str | None) -
     models = _library("torchvision").models
     names = models.list_models(module=models)
     if name not in names:
-        raise _unknown("torchvision", name, names)
+        raise unknown_name("model", "torchvision", name, names)
     if weights is None:
         head = {} if num_classes is None else {"num_classes": num_classes}
         # These two warn, and spend a minute on a truncated normal, unless told how to initialise.
@@ -190,12 +185,6 @@ def _library(name: str) -> Any:
         raise InputError(f"model: {name} is not installed ({error}); pip install {name}") from error
 
 
-def _unknown(library: str, name: str, names: Sequence[str]) -> InputError:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"; the nearest are {', '.join(near)}" if near else ""
-    return InputError(f"model: {library} has no model named {name!r}{hint}")
-
-
 def _fetch(spec: str, make: Callable[[], Any], pretrained: bool) -> nn.Module:
     """Run a library's constructor; what can go wrong in a download is the user's to know, not a traceback."""
     try:
@@ -210,56 +199,16 @@ def _fetch(spec: str, make: Callable[[], Any], pretrained: bool) -> nn.Module:
 
 
 def _from_factory(source: str, name: str, num_classes: int | None) -> nn.Module:
-    module = _module_of(source)
-    factory = getattr(module, name, None)
-    if factory is None:
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise _unknown(source, name, public)
-    if not callable(factory):
-        raise InputError(f"model: {source}:{name} is a {type(factory).__name__}, wanted a function that makes a model")
+    spec, factory = f"{source}:{name}", find_factory("model", source, name, SPEC_FORMS)
     arguments = {}
     if num_classes is not None:
         if "num_classes" not in inspect.signature(factory).parameters:
-            raise InputError(f"num_classes: {source}:{name} takes no argument of that name")
+            raise InputError(f"num_classes: {spec} takes no argument of that name")
         arguments["num_classes"] = num_classes
-    try:
-        model = factory(**arguments)
-    except Exception as error:
-        raise InputError(f"model: {source}:{name} failed: {first_line_and_place(error)}") from error
+    model = call_factory("model", spec, factory, arguments)
     if not isinstance(model, nn.Module):
-        raise InputError(f"model: {source}:{name} returned a {type(model).__name__}, wanted a torch.nn.Module")
+        raise InputError(f"model: {spec} returned a {type(model).__name__}, wanted a torch.nn.Module")
     return model
-
-
-def _module_of(source: str) -> ModuleType:
-    """The Python module at a dotted name (the current folder counts) or in a ``.py`` file."""
-    try:
-        if source.endswith(".py"):
-            return _module_of_file(Path(source))
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))
-        return importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        if error.name and (source == error.name or source.startswith(error.name + ".")):
-            raise InputError(f"model: no module named {error.name!r}; wanted {SPEC_FORMS}") from error
-        raise InputError(f"model: importing {source} failed: {first_line_and_place(error)}") from error
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"model: importing {source} failed: {first_line_and_place(error)}") from error
-
-
-def _module_of_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InputError(f"model: no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Classes defined in the file look their module up here (dataclasses, pickling in loader workers).
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:

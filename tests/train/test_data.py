@@ -2,11 +2,10 @@ import itertools
 
 import pytest
 import torch
-from PIL import Image
 
 from taylor_cuda.errors import InputError
-from taylor_cuda.train.data import load_data, move_by_one
-from tests.train.image_folders import make_image_folder
+from taylor_cuda.train.data import Share, load_data
+from taylor_cuda.train.digits import move_by_one
 
 
 def test_digits_are_one_fixed_stratified_split():
@@ -73,21 +72,7 @@ def test_moving_shifts_whole_images():
     assert places == set(itertools.product((1, 2, 3), (2, 3, 4)))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_image_folder(tmp_path, workers):
-    data = load_data(str(make_image_folder(tmp_path)), 4, seed=1, image_size=32, workers=workers)
-    assert (data.classes, data.shape, data.train_size, data.val_size) == (("ant", "bee"), (3, 32, 32), 10, 6)
-    for _ in range(2):  # persistent workers serve a second epoch
-        batches = list(data.train(0))
-        assert [images.shape for images, _ in batches] == [(4, 3, 32, 32)] * data.steps_per_epoch
-    images, labels = next(data.val())
-    assert images.dtype == torch.float32
-    assert labels.tolist() == [0, 0, 0, 1]
-    red = images[:, 0].mean((1, 2))
-    assert (red[3] - red[:3]).min() > 1.0  # 90 levels of 255, over a deviation of 0.229: 1.54
-
-
-def test_the_training_set_to_measure_on_is_whole_and_unaugmented(tmp_path):
+def test_the_training_set_to_measure_on_is_whole_and_unaugmented():
     data = load_data("digits", 64, seed=3)
     batches = list(data.unaugmented())
     images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
@@ -96,55 +81,25 @@ def test_the_training_set_to_measure_on_is_whole_and_unaugmented(tmp_path):
     order = torch.randperm(1347, generator=torch.Generator().manual_seed(3 * 1_000_003))
     assert torch.equal(images, data.train_set[0][order])
     assert torch.equal(labels, data.train_set[1][order])
-    files = load_data(str(make_image_folder(tmp_path, train=5)), 4, image_size=16, workers=0)
-    first, again = list(files.unaugmented()), list(files.unaugmented())
-    assert [len(labels) for _, labels in first] == [4, 3, 3]
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
-    assert torch.bincount(torch.cat([labels for _, labels in first])).tolist() == [5, 5]
-
-
-def test_an_epoch_of_files_can_begin_in_its_middle(tmp_path):
-    data = load_data(str(make_image_folder(tmp_path, train=6)), 3, image_size=16, workers=0)
-    whole = [labels.tolist() for _, labels in data.train(5)]
-    assert [labels.tolist() for _, labels in data.train(5, start=2)] == whole[2:]
-
-
-def test_a_short_data_set_gives_one_short_batch(tmp_path):
-    data = load_data(str(make_image_folder(tmp_path)), 64, image_size=16, workers=0)
-    assert data.steps_per_epoch == 1
-    assert [len(labels) for _, labels in data.train(0)] == [10]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_corrupt_image_is_named(tmp_path, workers):
-    bad = make_image_folder(tmp_path) / "val" / "bee" / "1.jpg"
-    bad.write_bytes(bad.read_bytes()[:100])
-    data = load_data(str(tmp_path), 4, image_size=16, workers=workers)
-    with pytest.raises(InputError, match=r"val/bee/1\.jpg is not an image that can be read"):
-        list(data.val())
-
-
-def test_layouts_that_cannot_be_used(tmp_path):
-    with pytest.raises(InputError, match=r"no folder .*nowhere"):
-        load_data(str(tmp_path / "nowhere"), 4)
-    with pytest.raises(InputError, match=r"no folder .*train"):
-        load_data(str(tmp_path), 4)
-    make_image_folder(tmp_path / "a", val=0)
-    with pytest.raises(InputError, match=r"class folder .*val/ant holds no images"):
-        load_data(str(tmp_path / "a"), 4)
-    make_image_folder(tmp_path / "b")
-    (tmp_path / "b" / "train" / "cow").mkdir()
-    with pytest.raises(InputError, match="cow holds no images"):
-        load_data(str(tmp_path / "b"), 4)
-    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "train" / "cow" / "1.png")
-    with pytest.raises(InputError, match=r"same classes; only one has \['cow'\]"):
-        load_data(str(tmp_path / "b"), 4)
-    (tmp_path / "c" / "train").mkdir(parents=True)
-    with pytest.raises(InputError, match="holds no class folders"):
-        load_data(str(tmp_path / "c"), 4)
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch", 1), ("image_size", 0), ("workers", -1)])
 def test_sizes_that_make_no_sense(name, value):
     with pytest.raises(InputError, match=f"{name}: wanted a number >="):
         load_data("digits", **{"batch": 4, name: value})
+
+
+@pytest.mark.parametrize("source", ["digits", "synthetic"])
+def test_a_batch_has_to_split_evenly(source):
+    assert len(next(load_data(source, 24, image_size=8, share=Share(1, 2, 3)).train(0))[1]) == 4
+    with pytest.raises(
+        InputError, match=r"batch: wanted a multiple of 6, for 2 ranks with 3 micro-batches each, got 16"
+    ):
+        load_data(source, 16, image_size=8, share=Share(1, 2, 3))
+
+
+def test_unknown_sources_say_what_there_is():
+    with pytest.raises(
+        InputError, match=r"no folder nowhere \(wanted 'digits', 'synthetic', a folder .*'package.module:"
+    ):
+        load_data("nowhere", 4)
