@@ -28,8 +28,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--data",
         metavar="DATA",
-        help="folder with train/CLASS/* and val/CLASS/*; synthetic, of ImageNet's size; or a function of yours that gives "
-        "loaders, package.module:function or path/to/file.py:function (default: digits)",
+        help="folder with train/CLASS/* and val/CLASS/*; synthetic: noise, of ImageNet's size; or your own loaders, "
+        "package.module:function or path/to/file.py:function (default: digits)",
     )
     data.add_argument(
         "--image-size", type=int, metavar="N", help="height and width of the images of --data (default: 224)"

@@ -111,8 +111,8 @@ def test_modern_recipes_promise_nothing(name):
 def test_a_trial_run_is_short_and_what_is_given_stays():
     recipe = load("resnet101-75")
     assert {**recipe.under({}), "x": 1} == {**recipe.settings, "x": 1}
-    assert recipe.trial(2) == {"steps": 2, "every": 1, "epochs": 0, "total_epochs": 2}
-    assert recipe.trial(120) == {"steps": 50, "every": 2, "epochs": 0, "total_epochs": 2}
+    assert recipe.trial(2) == {"steps": 2, "every": 1, "measure_seconds": 0.1, "epochs": 0, "total_epochs": 2}
+    assert (recipe.trial(120)["steps"], recipe.trial(120)["every"]) == (50, 2)
     assert recipe.trial(10**6)["every"] == 30
     added = recipe.under({"steps_limit": 2, "steps": 1, "weights": None})
     assert (added["every"], added["total_epochs"]) == (1, 2)

@@ -88,13 +88,16 @@ class Recipe:
         return {key: value for key, value in settings.items() if key not in given}
 
     def trial(self, minibatches: int) -> dict[str, Any]:
-        """Settings of a trial run: pruning takes one epoch of so many minibatches, fine-tuning one more."""
+        """Settings of a trial run: pruning takes one epoch of so many minibatches, fine-tuning one more.
+
+        Times are measured for a moment only.
+        """
         default = RunConfig()
         steps = min(self.settings.get("steps", default.steps), minibatches)
         every = min(self.settings.get("every", default.every), minibatches // steps)
         short = {"epochs": 1, "finetune_epochs": 1, "total_epochs": 2}
         epochs = {key: min(most, self.settings[key]) for key, most in short.items() if key in self.settings}
-        return {"steps": steps, "every": every, **epochs}
+        return {"steps": steps, "every": every, "measure_seconds": 0.1, **epochs}
 
 
 def names() -> list[str]:
