@@ -67,6 +67,7 @@ def test_wheel_without_native_code_holds_every_python_file(source: Path, tmp_pat
     held = set(zipfile.ZipFile(wheel).namelist())
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "taylor_cuda").rglob("*.py")}
     expected |= {f"taylor_cuda/{path.relative_to(ROOT)}" for name in MAPPED for path in (ROOT / name).rglob("*.py")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "taylor_cuda").rglob("*.toml")}
     assert expected | {"taylor_cuda/py.typed"} <= held
     assert not [name for name in held if name.startswith(("tests/", "bench/", "kernels/"))]
     assert not [name for name in held if name.endswith((".jsonl", ".png"))]
@@ -84,6 +85,7 @@ def test_source_archive_holds_everything_a_build_needs(source: Path, tmp_path: P
         if path.suffix in (".h", ".cpp", ".cu", ".cuh")
     }
     python = {str(path.relative_to(ROOT)) for name in MAPPED for path in (ROOT / name).rglob("*.py")}
+    python |= {str(path.relative_to(ROOT)) for path in (ROOT / "taylor_cuda").rglob("*.toml")}
     assert native | python | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "taylor_cuda/py.typed"} <= held
 
 

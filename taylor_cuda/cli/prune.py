@@ -7,7 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from taylor_cuda.cli.options import add_model_options, add_training_options, parse_round_to
+from taylor_cuda.cli.options import (
+    add_augmentation_options,
+    add_large_run_options,
+    add_model_options,
+    add_rate_options,
+    add_training_options,
+    or_none,
+    parse_round_to,
+)
+from taylor_cuda.cli.recipes import COMMAND_LINE, RECIPE, TRIAL, list_recipes, show
 from taylor_cuda.errors import InputError
 from taylor_cuda.importance.criteria import CRITERIA, find_criterion
 from taylor_cuda.planning import parse_budget
@@ -17,6 +26,7 @@ from taylor_cuda.train.config import RunConfig
 from taylor_cuda.train.launch import rank_of_environment
 from taylor_cuda.train.models import SPEC_FORMS
 from taylor_cuda.train.pruning import run as run_pruning
+from taylor_cuda.train.recipes import Recipe, load
 from taylor_cuda.train.summary import Summary
 
 DESCRIPTION = f"""\
@@ -27,10 +37,14 @@ MODEL is {SPEC_FORMS}.
 The models of timm and torchvision keep the head they come with (1000 outputs) unless --num-classes is given, so that
 tc.load(torchvision.models.resnet18(), file) fits; a data set with fewer classes uses the first of them.
 
+--recipe NAME takes all settings from a recipe, MODEL and --weights included; what is given beside it has precedence.
+
 Written to --out: model.safetensors (tc.load reads it), summary.json, log.jsonl, widths.svg.
 Ctrl-C and SIGTERM save the state; the same command with --resume goes on. So it does after a crash, from the last of
 the checkpoints that are written after each epoch. On several GPUs: torchrun --nproc-per-node 8 -m taylor_cuda prune …
 """
+
+NO_SETTINGS = {"run", "command", "resume", "recipe", "recipes", "show"}
 
 
 def add_parser(commands: Any) -> None:
@@ -42,9 +56,21 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=start)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="what to prune (default: digits)")
+    recipes = parser.add_argument_group("recipes")
+    recipes.add_argument("--recipe", metavar="NAME", help="settings of a whole run: a name, or a .toml file")
+    recipes.add_argument("--recipes", action="store_true", help="list the recipes and their published figures, and end")
+    recipes.add_argument("--show", action="store_true", help="print every setting and where it is from, and end")
     add_model_options(parser)
+    add_pruning_options(parser)
+    add_stage_options(parser)
+    add_large_run_options(parser)
+    add_running_options(parser)
+
+
+def add_pruning_options(parser: argparse.ArgumentParser) -> None:
+    """What goes, how, and by which score."""
     pruning = parser.add_argument_group("pruning")
     pruning.add_argument(
         "--budget",
@@ -71,6 +97,17 @@ def add_parser(commands: Any) -> None:
         "--round-to", metavar="N", help="widths that shrink are multiples of N (default: 8 on digits, else auto)"
     )
     pruning.add_argument("--min-keep", type=int, metavar="N", help="channels that every group keeps (default: 1)")
+    pruning.add_argument("--momentum", type=float, metavar="X", help="of the scores' moving average (default: 0.9)")
+    pruning.add_argument(
+        "--shared-norm",
+        choices=("none", "blocks"),
+        help="blocks: divide the scores of channels that run through several blocks by the number of blocks, as the "
+        "paper's code does (default: none)",
+    )
+
+
+def add_stage_options(parser: argparse.ArgumentParser) -> None:
+    """How the network is trained before, while and after it is pruned."""
     training = parser.add_argument_group("training")
     training.add_argument(
         "--epochs",
@@ -78,14 +115,22 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="of base training (none with --weights), and of fine-tuning (default: 12 on digits, else 25)",
     )
-    training.add_argument("--finetune-epochs", type=int, metavar="N", help="of fine-tuning (default: --epochs)")
+    training.add_argument(
+        "--finetune-epochs", type=or_none(int), metavar="N", help="of fine-tuning (default: --epochs)"
+    )
     training.add_argument(
         "--finetune-lr",
-        type=float,
+        type=or_none(float),
         metavar="X",
         help="while pruning and fine-tuning (default: a fifth of --lr, with --weights --lr)",
     )
     add_training_options(training)
+    add_rate_options(training)
+    add_augmentation_options(training)
+
+
+def add_running_options(parser: argparse.ArgumentParser) -> None:
+    """Where it is written, and how much is measured."""
     running = parser.add_argument_group("running")
     running.add_argument("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/NAME)")
     running.add_argument(
@@ -95,7 +140,13 @@ def add_parser(commands: Any) -> None:
         choices=("auto",),
         help="go on from the newest whole checkpoint of this command; auto: if there is one, else begin",
     )
-    running.add_argument("--steps-limit", type=int, metavar="N", help="at most N minibatches an epoch, for a trial run")
+    running.add_argument(
+        "--steps-limit",
+        type=or_none(int),
+        metavar="N",
+        help="at most N minibatches an epoch, for a trial run; with --recipe, pruning takes one epoch then and "
+        "fine-tuning one more",
+    )
     running.add_argument(
         "--measure-seconds", type=float, metavar="X", help="time for each measurement of time (default: 5)"
     )
@@ -114,15 +165,33 @@ def config_from(options: argparse.Namespace) -> RunConfig:
     Raises:
         InputError: a value that can't be used.
     """
-    given = {key: value for key, value in vars(options).items() if key not in ("run", "command", "resume")}
-    model = given.setdefault("model", "digits")
-    data = given.setdefault("data", "digits")
-    given["budget"] = parse_budget(",".join(given.get("budget", ["macs=0.5"])))
-    find_criterion(given.setdefault("criterion", "taylor_fo"))
+    return asked_for(options)[0]
+
+
+def asked_for(options: argparse.Namespace) -> tuple[RunConfig, dict[str, str], Recipe | None]:
+    """The run that was asked for, where its settings are from, and the recipe.
+
+    Raises:
+        InputError: a value that can't be used.
+    """
+    given = {key: value for key, value in vars(options).items() if key not in NO_SETTINGS}
+    if "budget" in given:
+        given["budget"] = parse_budget(",".join(given["budget"]))
     if "ignore" in given:
         given["ignore"] = tuple(given["ignore"])
     if "round_to" in given:
         given["round_to"] = parse_round_to(given["round_to"])
+    origins = dict.fromkeys(given, COMMAND_LINE)
+    recipe = load(options.recipe) if "recipe" in options else None
+    if recipe is not None:
+        added = recipe.under(given)
+        for key, value in added.items():
+            given[key] = value
+            origins[key] = RECIPE if value == recipe.settings.get(key) else TRIAL
+        given.setdefault("out", Path("runs") / recipe.name)
+    model = given.setdefault("model", "digits")
+    data = given.setdefault("data", "digits")
+    find_criterion(given.setdefault("criterion", "taylor_fo"))
     given.setdefault("out", Path("runs") / short_name(model))
     if data != "digits":
         given.setdefault("epochs", 25)
@@ -131,12 +200,23 @@ def config_from(options: argparse.Namespace) -> RunConfig:
         given.setdefault("oracle", 0)
     if given.get("weights") is not None:
         given.setdefault("lr", 1e-3)
-    return RunConfig(**given)
+    return RunConfig(**given), origins, recipe
 
 
 def short_name(model: str) -> str:
     """A folder's name for a model: what stands after its last colon."""
     return re.sub(r"[^\w.-]+", "-", model.rpartition(":")[2]).strip(".-") or "model"
+
+
+def start(options: argparse.Namespace) -> int:
+    """Print what was asked about, or prune."""
+    if getattr(options, "recipes", False):
+        print(list_recipes())
+    elif getattr(options, "show", False):
+        print(show(*asked_for(options)))
+    else:
+        return run(options)
+    return 0
 
 
 def run(options: argparse.Namespace) -> int:

@@ -84,8 +84,8 @@ def load_model(spec: str, num_classes: int | None = None, weights: str | None = 
             saved file fits what the same factory makes anywhere else. Factories get it as ``num_classes=`` only where
             it is given.
         weights: a ``tc.save`` checkpoint (``.safetensors``; the model comes out cut), a ``state_dict`` (``.pt``,
-            ``.pth``), or ``"pretrained"`` / ``"DEFAULT"`` for the library's own, which may be downloaded. ``None``:
-            random.
+            ``.pth``), or ``"pretrained"`` / ``"DEFAULT"`` for the library's own, which may be downloaded; torchvision's
+            have names besides, such as ``"IMAGENET1K_V1"``. ``None``: random.
 
     Raises:
         InputError: the name, the library or the factory isn't there, or what it gives isn't a module.
@@ -93,8 +93,9 @@ def load_model(spec: str, num_classes: int | None = None, weights: str | None = 
     """
     if num_classes is not None and num_classes < 1:
         raise InputError(f"num_classes: wanted a number >= 1, got {num_classes}")
-    model = _build(spec, num_classes, pretrained=weights in PRETRAINED)
-    if weights is None or weights in PRETRAINED:
+    own = weights in PRETRAINED or (spec.startswith("torchvision:") and _may_be_a_name(weights))
+    model = _build(spec, num_classes, weights if own else None)
+    if weights is None or own:
         return model
     return load_weights(model, Path(weights))
 
@@ -119,25 +120,29 @@ def _outputs(module: _ConvNd | nn.Linear) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.out_channels
 
 
-def _build(spec: str, num_classes: int | None, *, pretrained: bool) -> nn.Module:
+def _may_be_a_name(weights: str | None) -> bool:
+    return weights is not None and not Path(weights).suffix and not Path(weights).exists()
+
+
+def _build(spec: str, num_classes: int | None, own_weights: str | None) -> nn.Module:
     if spec == "digits":
-        _refuse_pretrained(spec, pretrained)
+        _refuse_pretrained(spec, own_weights)
         return DigitsResNet(num_classes or 10)
     library, name = split_spec("model", spec, SPEC_FORMS)
     if library == "timm":
-        return _from_timm(name, num_classes, pretrained)
+        return _from_timm(name, num_classes, pretrained=own_weights is not None)
     if library == "torchvision":
-        return _from_torchvision(name, num_classes, pretrained)
-    _refuse_pretrained(spec, pretrained)
+        return _from_torchvision(name, num_classes, own_weights)
+    _refuse_pretrained(spec, own_weights)
     return _from_factory(library, name, num_classes)
 
 
-def _refuse_pretrained(spec: str, pretrained: bool) -> None:
-    if pretrained:
+def _refuse_pretrained(spec: str, own_weights: str | None) -> None:
+    if own_weights is not None:
         raise InputError(f"weights: {spec!r} comes with no pretrained weights; give a .safetensors, .pt or .pth file")
 
 
-def _from_timm(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:
+def _from_timm(name: str, num_classes: int | None, *, pretrained: bool) -> nn.Module:
     timm = _library("timm")
     if not timm.is_model(name):
         raise unknown_name("model", "timm", name, timm.list_models())
@@ -145,17 +150,21 @@ def _from_timm(name: str, num_classes: int | None, pretrained: bool) -> nn.Modul
     return _fetch(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained, **head), pretrained)
 
 
-def _from_torchvision(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:
+def _from_torchvision(name: str, num_classes: int | None, weights: str | None) -> nn.Module:
     models = _library("torchvision").models
     names = models.list_models(module=models)
     if name not in names:
         raise unknown_name("model", "torchvision", name, names)
-    if not pretrained:
+    if weights is None:
         head = {} if num_classes is None else {"num_classes": num_classes}
         # These two warn, and spend a minute on a truncated normal, unless told how to initialise.
         quick = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
         return models.get_model(name, weights=None, **head, **quick)  # type: ignore[no-any-return]
-    model = _fetch(f"torchvision:{name}", lambda: models.get_model(name, weights="DEFAULT"), pretrained=True)
+    own = [entry.name for entry in models.get_model_weights(name)]
+    if weights not in (*PRETRAINED, *own):
+        raise InputError(f"weights: wanted a file or one of {', '.join((*PRETRAINED, *own))}, got {weights!r}")
+    chosen = "DEFAULT" if weights in PRETRAINED else weights
+    model = _fetch(f"torchvision:{name}", lambda: models.get_model(name, weights=chosen), pretrained=True)
     return model if num_classes is None else _with_head(model, num_classes)
 
 

@@ -139,7 +139,7 @@ def check_same_result(out, straight):
 
 @pytest.mark.parametrize(
     ("batch", "how", "stage"),
-    # 4 batches of base training and 4 for its evaluation, 1 to time a step with, 6 for pruning and 4 for its evaluation,
+    # 4 batches of base training, 4 for its evaluation, 1 to time a step with, 6 for pruning, 4 for its evaluation,
     # 1 to time, 4 at the end.
     [
         (2, "raised", "base"),
