@@ -82,6 +82,40 @@ def together(what: str, group: Any) -> Iterator[None]:
         raise TaylorError(f"{what} failed on {_ranks(failed)}: {messages[failed[0]]}; go on from a checkpoint")
 
 
+@contextmanager
+def unreduced(loss: Tensor, group: Any) -> Iterator[None]:
+    """Backward passes in the body, which end at no parameter, leave ``DistributedDataParallel`` to wait for the one.
+
+    With ``static_graph=True`` it takes its first backward pass, of whatever kind, for that of the step, and would
+    average gradients at its end that are not there yet.
+    """
+    wrapper = None if world_size(group) == 1 else _waiting_for(loss)
+    if wrapper is None:
+        yield
+        return
+    wrapper._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        wrapper._static_graph_delay_allreduce_enqueued = False
+
+
+def _waiting_for(loss: Tensor) -> Any:
+    """The wrapper with a static graph whose first backward pass that of ``loss`` will be, or ``None``."""
+    seen, waiting = set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found = getattr(node, "ddp_weakref", None)
+        wrapper = None if found is None else found()
+        if wrapper is not None and wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued:
+            return wrapper
+        waiting += [following for following, _ in node.next_functions]
+    return None
+
+
 class Replicas:
     """The copies of one model among which ``DistributedDataParallel`` averages gradients.
 

@@ -18,7 +18,7 @@ from torch.optim import SGD
 import taylor_cuda as tc
 from taylor_cuda.distributed import Replicas
 from tests.loops.loop import EXAMPLE, DictAverage, Net, batches
-from tests.ranks import check_passed, go_through, on_two_ranks
+from tests.ranks import check_passed, on_ranks
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
 
@@ -210,14 +210,14 @@ CASES: dict[str, Callable[[int], None]] = {
 }
 
 
-def work(rank: int, folder: str) -> None:
-    go_through({name: partial(case, rank) for name, case in CASES.items()}, rank, folder)
+def cases(rank: int, _folder: Path) -> dict[str, Callable[[], None]]:
+    return {name: partial(case, rank) for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    on_two_ranks(work, folder, seconds=120)
+    on_ranks(cases, folder, seconds=120)
     return folder
 
 
