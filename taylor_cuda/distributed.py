@@ -84,10 +84,10 @@ def together(what: str, group: Any) -> Iterator[None]:
 
 @contextmanager
 def unreduced(loss: Tensor, group: Any) -> Iterator[None]:
-    """Backward passes in the body, which end at no parameter, leave ``DistributedDataParallel`` to wait for the one.
+    """Backward passes in the body, which end at no parameter, leave ``DistributedDataParallel`` to wait for the loss's.
 
-    With ``static_graph=True`` it takes its first backward pass, of whatever kind, for that of the step, and would
-    average gradients at its end that are not there yet.
+    With ``static_graph=True`` it takes its first backward pass, whatever that is, for the one at whose end it averages
+    gradients.
     """
     wrapper = None if world_size(group) == 1 else _waiting_for(loss)
     if wrapper is None:
@@ -101,19 +101,23 @@ def unreduced(loss: Tensor, group: Any) -> Iterator[None]:
 
 
 def _waiting_for(loss: Tensor) -> Any:
-    """The wrapper with a static graph whose first backward pass that of ``loss`` will be, or ``None``."""
+    """The wrapper through which ``loss`` came, if its graph is static and it waits for its first backward pass."""
     seen, waiting = set[Any](), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        found = getattr(node, "ddp_weakref", None)
-        wrapper = None if found is None else found()
-        if wrapper is not None and wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued:
+        reference = getattr(node, "ddp_weakref", None)
+        wrapper = None if reference is None else reference()
+        if wrapper is not None and _first_pass_is_to_come(wrapper):
             return wrapper
         waiting += [following for following, _ in node.next_functions]
     return None
+
+
+def _first_pass_is_to_come(wrapper: DistributedDataParallel) -> bool:
+    return wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued
 
 
 class Replicas:
@@ -194,6 +198,24 @@ class Replicas:
             module.training = flag
         for hook, state in communication:
             wrapper.register_comm_hook(state, hook)
+        self.average_first_pass()
+
+    def average_first_pass(self) -> None:
+        """Let no first pass of a static graph be in ``no_sync``, which PyTorch can't have.
+
+        Anew after each cut. One average more does no harm: that of averaged gradients is what they are.
+        """
+        wrapper = self.wrapper
+        if wrapper is None or not _first_pass_is_to_come(wrapper):
+            return
+
+        def average(_wrapper: nn.Module, _args: Any) -> None:
+            if _first_pass_is_to_come(wrapper):
+                wrapper.require_backward_grad_sync = True
+            else:
+                handle.remove()
+
+        handle = wrapper.register_forward_pre_hook(average)
 
     def watch_wrapper(self) -> RemovableHandle | None:
         """From now on a forward pass of the module through any other wrapper than this one raises.
