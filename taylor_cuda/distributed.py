@@ -132,10 +132,12 @@ class Replicas:
         group: its process group, or ``None``.
 
     Raises:
-        InputError: a wrapper with an option that can't be taken over into a new one.
+        InputError: a wrapper with an option that can't be taken over into a new one, or one that is or has inside what
+            ``torch.compile`` returned.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        _check_not_compiled(model)
         self.wrapper = model if isinstance(model, DistributedDataParallel) else None
         self.module: nn.Module = model if self.wrapper is None else self.wrapper.module
         self.group: Any = None if self.wrapper is None else self.wrapper.process_group
@@ -237,6 +239,19 @@ class Replicas:
             )
 
         return model.register_forward_pre_hook(check)
+
+
+def _check_not_compiled(model: Any) -> None:
+    if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
+        raise InputError(
+            "model: a DistributedDataParallel that was compiled by torch.compile; give the wrapper itself, "
+            "model._orig_mod, and call the compiled one"
+        )
+    if isinstance(model, DistributedDataParallel) and hasattr(model.module, "_orig_mod"):
+        raise InputError(
+            "model: DistributedDataParallel around what torch.compile returned; compile the module in place, "
+            "module.compile(), and wrap the module itself"
+        )
 
 
 def _options(wrapper: DistributedDataParallel) -> dict[str, Any]:
