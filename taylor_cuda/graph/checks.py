@@ -18,7 +18,8 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule"})
 _REPLICATED = ("torch.distributed._composable.replicate", "DDP")
 _INSTEAD = (
-    "a shard has no whole channels: train with DistributedDataParallel until the last cut, then fully_shard what is left"
+    "a shard has no whole channels: train with DistributedDataParallel until the last cut, "
+    "then fully_shard what is left"
 )
 
 
