@@ -267,14 +267,14 @@ def test_weights_skip_base_training(capsys, tmp_path, straight):
     capsys.readouterr()
 
 
-def test_corrupt_image_ends_the_run_with_its_name(capsys, tmp_path):
+def test_images_none_of_which_can_be_read_end_the_run_with_a_name(capsys, tmp_path):
     data = make_image_folder(tmp_path / "data", size=32)
-    bad = data / "train" / "ant" / "2.jpg"
-    bad.write_bytes(b"not a jpeg")
+    for bad in (data / "train").rglob("*.jpg"):
+        bad.write_bytes(b"not a jpeg")
     small = ("--batch", "4", "--image-size", "32", "--workers", "0", "--every", "1", "--steps", "1")
     assert prune("torchvision:resnet18", "--data", data, *small, "--out", tmp_path / "out") == 2
     err = capsys.readouterr().err
-    assert f"{bad} is not an image that can be read" in err
+    assert f"not one image of a batch can be read, {data / 'train'}" in err
     assert "Traceback" not in err
     assert names(tmp_path / "out") == ["log.jsonl"]
 
