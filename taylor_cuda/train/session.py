@@ -100,7 +100,6 @@ class Session:
         self.teacher: nn.Module | None = None
         self.pruner: Pruner | None = None
         self.stop = StopRequest()
-        self._told: set[str] = set()
         if self.launch.rank:
             torch.manual_seed(config.seed + self.launch.rank)  # what is random in training differs over ranks
 
@@ -322,14 +321,14 @@ class Session:
             other = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
             raise TaylorError(f"ranks {other} no longer have the parameters of rank 0; go on from a checkpoint")
 
-    def unreadable(self) -> None:
+    def note_unreadable(self) -> None:
         """Log the files that could not be read since the last time, on any rank."""
-        fresh = {path: why for path, why in self.data.unreadable.items() if path not in self._told}
-        self._told.update(fresh)
+        known = self.measured.unreadable
+        fresh = {path: why for path, why in self.data.unreadable.items() if path not in known}
         for found in gathered(fresh, self.group):
-            for path, why in found.items():
-                self.measured.unreadable += 1
-                self.log({"event": "unreadable", "path": path, "reason": why})
+            for path in found.keys() - known.keys():
+                known[path] = found[path]
+                self.log({"event": "unreadable", "path": path, "reason": found[path]})
 
     def costs(self, pruner: Pruner) -> tuple[Cost, Cost]:
         """What the model cost as it was made, and what it costs now."""
