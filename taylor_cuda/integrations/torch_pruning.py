@@ -54,8 +54,8 @@ class TaylorImportance(tp.importance.GroupTaylorImportance):  # type: ignore[mis
 
     Not seen: that LayerNorm and GroupNorm have other statistics after the cut (``tc.Importance(norm_term=True)``);
     in attention made of linear layers, the products of queries and keys, whose dimensions Torch-Pruning removes with
-    those of the values; and that channels are also an output of the network where Torch-Pruning doesn't see it (an inner
-    layer's, returned after the last one's).
+    those of the values; and that channels are an output of the network as well where Torch-Pruning doesn't see it (an
+    inner layer's, returned after the last one's).
 
     Args:
         group_reduction: ``"sum"`` of the signed terms of a group, or their ``"mean"`` over the layers that count.
