@@ -144,7 +144,12 @@ def test_other_settings_are_another_run(runs, tmp_path):
     assert imagenet.finished([stored], row)
     changed = {**stored, "settings": {**stored["settings"], "steps": 51}}
     assert not imagenet.finished([changed], row)
-    assert not imagenet.finished([{**stored, "settings": {**stored["settings"], "global_batch": 1}}], row)
+    smaller, larger, noise = (
+        point_of(load(HEADLINE), given, tmp_path).row
+        for given in ({"global_batch": 128}, {"global_batch": 512}, {"data": "synthetic"})
+    )
+    assert not imagenet.finished([smaller], larger)
+    assert not imagenet.finished([noise], row)
 
 
 def test_units():
