@@ -20,7 +20,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
-FOLDERS = ("ops", "graph", "importance", "planning", "surgery", "study", "train", "train.recipes", "report", "cli")
+FOLDERS = (
+    *("ops", "graph", "importance", "planning", "surgery", "study", "integrations", "train", "train.recipes"),
+    *("report", "cli"),
+)
 # beside the package's folder, installed in it
 BESIDE = ("kernels", "bench", "bench.suites", "bench.coverage", "bench.frontier")
 PACKAGES = ["taylor_cuda", *(f"taylor_cuda.{folder}" for folder in (*FOLDERS, *BESIDE))]

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from taylor_cuda import integrations
 from taylor_cuda.errors import BudgetError, CheckpointError, CutError, InputError, TaylorError
 from taylor_cuda.graph import ChannelGroup, Groups, masked, trace
 from taylor_cuda.importance import Importance, fuse_scoring
@@ -55,6 +56,7 @@ __all__ = [
     "cut",
     "fuse_scoring",
     "greedy_oracle",
+    "integrations",
     "keep_lists",
     "keep_mask",
     "load",

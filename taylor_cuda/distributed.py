@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from taylor_cuda.errors import InputError, TaylorError
+
+T = TypeVar("T")
 
 __all__ = ["Replicas", "gathered", "mean", "together", "total", "world_size"]
 
@@ -53,13 +55,13 @@ def total(tensor: Tensor, group: Any) -> Tensor:
     return result
 
 
-def gathered(text: str, group: Any) -> list[str]:
-    """What every rank of a process group gives, by rank; one text without a group."""
+def gathered(value: T, group: Any) -> list[T]:
+    """What every rank of a process group gives, by rank: anything that pickle takes; one value without a group."""
     if world_size(group) == 1:
-        return [text]
-    texts = [""] * world_size(group)
-    dist.all_gather_object(texts, text, group=group)
-    return texts
+        return [value]
+    values = [value] * world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 @contextmanager
@@ -82,6 +84,44 @@ def together(what: str, group: Any) -> Iterator[None]:
         raise TaylorError(f"{what} failed on {_ranks(failed)}: {messages[failed[0]]}; go on from a checkpoint")
 
 
+@contextmanager
+def unreduced(loss: Tensor, group: Any) -> Iterator[None]:
+    """Backward passes in the body, which end at no parameter, leave ``DistributedDataParallel`` to wait for the loss's.
+
+    With ``static_graph=True`` it takes its first backward pass, whatever that is, for the one at whose end it averages
+    gradients.
+    """
+    wrapper = None if world_size(group) == 1 else _waiting_for(loss)
+    if wrapper is None:
+        yield
+        return
+    wrapper._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        wrapper._static_graph_delay_allreduce_enqueued = False
+
+
+def _waiting_for(loss: Tensor) -> Any:
+    """The wrapper through which ``loss`` came, if its graph is static and it waits for its first backward pass."""
+    seen, waiting = set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        reference = getattr(node, "ddp_weakref", None)
+        wrapper = None if reference is None else reference()
+        if wrapper is not None and _first_pass_is_to_come(wrapper):
+            return wrapper
+        waiting += [following for following, _ in node.next_functions]
+    return None
+
+
+def _first_pass_is_to_come(wrapper: DistributedDataParallel) -> bool:
+    return wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued
+
+
 class Replicas:
     """The copies of one model among which ``DistributedDataParallel`` averages gradients.
 
@@ -94,10 +134,12 @@ class Replicas:
         group: its process group, or ``None``.
 
     Raises:
-        InputError: a wrapper with an option that can't be taken over into a new one.
+        InputError: a wrapper with an option that can't be taken over into a new one, or one that is or has inside what
+            ``torch.compile`` returned.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        _check_not_compiled(model)
         self.wrapper = model if isinstance(model, DistributedDataParallel) else None
         self.module: nn.Module = model if self.wrapper is None else self.wrapper.module
         self.group: Any = None if self.wrapper is None else self.wrapper.process_group
@@ -160,6 +202,24 @@ class Replicas:
             module.training = flag
         for hook, state in communication:
             wrapper.register_comm_hook(state, hook)
+        self.average_first_pass()
+
+    def average_first_pass(self) -> None:
+        """Let no first pass of a static graph be in ``no_sync``, which PyTorch can't have.
+
+        Anew after each cut. One average more does no harm: that of averaged gradients is what they are.
+        """
+        wrapper = self.wrapper
+        if wrapper is None or not _first_pass_is_to_come(wrapper):
+            return
+
+        def average(_wrapper: nn.Module, _args: Any) -> None:
+            if _first_pass_is_to_come(wrapper):
+                wrapper.require_backward_grad_sync = True
+            else:
+                handle.remove()
+
+        handle = wrapper.register_forward_pre_hook(average)
 
     def watch_wrapper(self) -> RemovableHandle | None:
         """From now on a forward pass of the module through any other wrapper than this one raises.
@@ -181,6 +241,19 @@ class Replicas:
             )
 
         return model.register_forward_pre_hook(check)
+
+
+def _check_not_compiled(model: Any) -> None:
+    if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
+        raise InputError(
+            "model: a DistributedDataParallel that was compiled by torch.compile; give the wrapper itself, "
+            "model._orig_mod, and call the compiled one"
+        )
+    if isinstance(model, DistributedDataParallel) and hasattr(model.module, "_orig_mod"):
+        raise InputError(
+            "model: DistributedDataParallel around what torch.compile returned; compile the module in place, "
+            "module.compile(), and wrap the module itself"
+        )
 
 
 def _options(wrapper: DistributedDataParallel) -> dict[str, Any]:

@@ -157,6 +157,7 @@ class Pruner:
             shared_norm=shared_norm,
         )
         self._wrapper_check = self._replicas.watch_wrapper()
+        self._replicas.average_first_pass()
         self.batches = 0
         self.prunes = 0
         self.finished = False

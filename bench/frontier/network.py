@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from taylor_cuda.bench.coverage.compare import count_macs
 from taylor_cuda.bench.resnet import DEPTHS, BasicBlock
-from taylor_cuda.train.loop import eval_mode
+from taylor_cuda.train.modes import eval_mode
 
 
 class SmallImageResNet18(nn.Module):

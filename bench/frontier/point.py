@@ -26,7 +26,8 @@ from taylor_cuda.bench.frontier.network import SmallImageResNet18, macs
 from taylor_cuda.bench.rows import Row
 from taylor_cuda.errors import InputError, TaylorError
 from taylor_cuda.files import replacing
-from taylor_cuda.train.loop import Quality, cosine, evaluate
+from taylor_cuda.train.loop import Quality, evaluate
+from taylor_cuda.train.rates import cosine
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 ASKED = (1.0, 1.005, 1.01)

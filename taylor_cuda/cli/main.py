@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import taylor_cuda
 from taylor_cuda.cli import bench, compare, doctor, info, prune
 from taylor_cuda.errors import TaylorError
-from taylor_cuda.train.state import RunInterruptedError
+from taylor_cuda.train.launch import rank_of_environment
+from taylor_cuda.train.stopping import RunInterruptedError
 
 FAILED, INTERRUPTED = 2, 130
 COMMANDS = (prune, doctor, compare, bench, info)
@@ -46,11 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except RunInterruptedError as interrupted:
         again = given if "--resume" in given else [*given, "--resume"]
-        print(f"taylor-cuda: {interrupted}; go on with: taylor-cuda {shlex.join(again)}", file=sys.stderr)
+        _say(f"{interrupted}; go on with: taylor-cuda {shlex.join(again)}")
         return INTERRUPTED
     except KeyboardInterrupt:
-        print("taylor-cuda: interrupted before there was anything to save", file=sys.stderr)
+        _say("interrupted before there was anything to save")
         return INTERRUPTED
     except (TaylorError, OSError) as error:
-        print(f"taylor-cuda: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return FAILED
+
+
+def _say(message: str) -> None:
+    rank, ranks = rank_of_environment()
+    who = f"taylor-cuda, rank {rank}" if ranks > 1 else "taylor-cuda"
+    print(f"{who}: {message}", file=sys.stderr)

@@ -23,8 +23,9 @@ from taylor_cuda.planning import parse_budget
 from taylor_cuda.report import measured_lines, run_table, write_summary, write_widths_svg
 from taylor_cuda.surgery.modes import MODES
 from taylor_cuda.train.config import RunConfig
+from taylor_cuda.train.launch import rank_of_environment
 from taylor_cuda.train.models import SPEC_FORMS
-from taylor_cuda.train.pruning import run as run_recipe
+from taylor_cuda.train.pruning import run as run_pruning
 from taylor_cuda.train.recipes import Recipe, load
 from taylor_cuda.train.summary import Summary
 
@@ -39,7 +40,8 @@ tc.load(torchvision.models.resnet18(), file) fits; a data set with fewer classes
 --recipe NAME takes all settings from a recipe, MODEL and --weights included; what is given beside it has precedence.
 
 Written to --out: model.safetensors (tc.load reads it), summary.json, log.jsonl, widths.svg.
-Ctrl-C saves the state; the same command with --resume goes on.
+Ctrl-C and SIGTERM save the state; the same command with --resume goes on. So it does after a crash, from the last of
+the checkpoints that are written after each epoch. On several GPUs: torchrun --nproc-per-node 8 -m taylor_cuda prune …
 """
 
 NO_SETTINGS = {"run", "command", "resume", "recipe", "recipes", "show"}
@@ -131,7 +133,13 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
     """Where it is written, and how much is measured."""
     running = parser.add_argument_group("running")
     running.add_argument("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/NAME)")
-    running.add_argument("--resume", action="store_true", help="go on where this command was interrupted")
+    running.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        choices=("auto",),
+        help="go on from the newest whole checkpoint of this command; auto: if there is one, else begin",
+    )
     running.add_argument(
         "--steps-limit",
         type=or_none(int),
@@ -222,7 +230,10 @@ def run(options: argparse.Namespace) -> int:
             print(f"no picture: {error}")
         write_summary(summary, config.out / "summary.json")
 
-    summary = run_recipe(config, getattr(options, "resume", False), tell=print, finish=finish, progress=True)
+    resume = getattr(options, "resume", False)
+    summary = run_pruning(config, resume, tell=lambda line: print(line, flush=True), finish=finish, progress=True)
+    if rank_of_environment()[0] > 0:
+        return 0
     print()
     print(run_table(summary))
     print()

@@ -16,6 +16,10 @@ COMPACTED = "taylor_cuda_compacted"
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule"})
+_REPLICATED = ("torch.distributed._composable.replicate", "DDP")
+_INSTEAD = (
+    "a shard has no whole channels: train with DistributedDataParallel until the last cut, then fully_shard what is left"
+)
 
 
 def check_model(model: Any, what: str) -> None:
@@ -38,17 +42,20 @@ def check_model(model: Any, what: str) -> None:
         if hasattr(module, "_orig_mod"):
             raise InputError(
                 f"{what}: model was compiled by torch.compile{place}; give the original module, model._orig_mod, and "
-                "compile after"
+                "call the compiled one; or compile in place, model.compile()"
             )
-        if {kind.__name__ for kind in type(module).__mro__} & _SHARDED:
-            raise InputError(f"{what}: model is sharded by FSDP{place}; do this before it is sharded")
+        kinds = {(kind.__module__, kind.__name__) for kind in type(module).__mro__}
+        if {name for _, name in kinds} & _SHARDED or getattr(module, "_is_fsdp_managed_module", False):
+            raise InputError(f"{what}: model is sharded by FSDP{place}; {_INSTEAD}")
+        if _REPLICATED in kinds:
+            raise InputError(f"{what}: model is replicated in place{place}; wrap it in DistributedDataParallel instead")
         if isinstance(module, _WRAPPERS):
             kind = type(module).__name__
             anew = "; tc.Pruner takes it as it is, after any other cut wrap it anew" if "Distributed" in kind else ""
             raise InputError(f"{what}: model is wrapped in {kind}{place}; give the module inside, model.module{anew}")
     for name, tensor in named_tensors(model).items():
         if hasattr(tensor, "placements"):
-            raise InputError(f"{what}: {name} is distributed over devices (a DTensor); do this before it is")
+            raise InputError(f"{what}: {name} is distributed over devices (a DTensor); {_INSTEAD}")
         if nn.parameter.is_lazy(tensor):
             raise InputError(f"{what}: {name} has no shape yet; run the model once, as every lazy module needs")
 

@@ -6,10 +6,12 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -204,13 +206,22 @@ def copied(value: Any) -> Any:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy; results of a computation kept as plain attributes (old weight norm) are copied as constants."""
+    """A deep copy; results of a computation kept as plain attributes (old weight norm) are copied as constants.
+
+    A ``SyncBatchNorm`` of the copy takes the statistics of its own process, whose ranks need not make the same pass.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+            elif dist.is_available() and isinstance(value, dist.ProcessGroup):
+                memo[id(value)] = value  # no copy can be made of it
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        if type(module).forward is nn.SyncBatchNorm.forward and "forward" not in vars(module):
+            vars(module)["forward"] = MethodType(_BatchNorm.forward, module)
+    return twin
 
 
 def set_mode(model: nn.Module, training: bool) -> None:

@@ -194,7 +194,15 @@ class ReaderSums:
         is kept.
         """
         assert self._anchor is not None
-        torch.autograd.grad(outputs, [self._anchor], gradients, retain_graph=True, allow_unused=True)
+        try:
+            torch.autograd.grad(outputs, [self._anchor], gradients, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "donated" not in str(error):
+                raise
+            raise InputError(
+                "model: probes go back through the graph before the loss does, and torch.compile made a backward pass "
+                "that runs once only; set torch._functorch.config.donated_buffer = False before the first forward pass"
+            ) from error
         ran = [forward for forward in self.passes if forward.ran()]
         found = [forward.copied() for forward in ran]
         for there, copy in zip(ran, found, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylor_cuda.distributed import mean
+from taylor_cuda.distributed import mean, unreduced
 from taylor_cuda.errors import InputError
 from taylor_cuda.importance.activations import ForwardPass, ReaderSums
 from taylor_cuda.importance.criteria import Criterion
@@ -72,7 +72,6 @@ class SecondOrder:
 
     def reset(self) -> None:
         """Forget the backward passes of a step that has not ended."""
-        self._batches = 0
         self._curve: Tensor | None = None
         self._slope: Tensor | None = None
         self._passes: list[ForwardPass] = []
@@ -99,15 +98,15 @@ class SecondOrder:
             raise InputError(
                 f"outputs: criterion={self._criterion.name!r} needs what the model returned: backward(loss, outputs)"
             )
-        if self._gates is not None:
-            slope, curve = self._gates.slope_and_curve(loss)
-            self._slope = slope if self._slope is None else self._slope + slope
-        else:
-            curve = self._probed(loss, outputs, sites, scale)
+        with unreduced(loss, self._ranks):
+            if self._gates is not None:
+                slope, curve = self._gates.slope_and_curve(loss)
+                self._slope = slope if self._slope is None else self._slope + slope
+            else:
+                curve = self._probed(loss, outputs, sites, scale)
         if scale is not None:
             curve = curve / scale
         self._curve = curve if self._curve is None else self._curve + curve
-        self._batches += 1
 
     def after_backward(self, sites: ReaderSums | None) -> None:
         """Put aside what the loss's own pass left at the readers, or the next batch's probes would run into it."""
@@ -122,7 +121,8 @@ class SecondOrder:
             raise InputError(f"{self._criterion.name!r}: close() has taken the gates out of the model")
         if not any(forward.sums or forward.riding for forward in sites.passes):
             raise InputError("no forward pass with gradients since the last step; call the model, then backward")
-        mixed = (self._seed * 1_000_003 + self.steps * 4_099 + self._batches) * _MIXED
+        # the same signs for all batches that add up to one step, as for all examples of one and on all ranks
+        mixed = (self._seed * 1_000_003 + self.steps * 4_099) * _MIXED
         generator = torch.Generator(loss.device).manual_seed(mixed % 2**63)
         tensors = read_by(loss, outputs)
         rows = rows_of_outputs(tensors, sites.passes)

@@ -53,13 +53,17 @@ def measured_lines(summary: Summary) -> list[str]:
         sources = f"not compared: {s.source_note or 'the run had no whole first window'}"
     else:
         sources = f"greatest relative difference {s.source_difference:.2g}"
-    return [
+    lines = [
         f"cut == masked: greatest difference {s.cut_difference:.2g} (outputs up to {s.cut_scale:.3g}, {s.cuts} cuts)",
         f"scores from parameters vs from activations: {sources}",
         f"scoring cost: {s.scoring_percent:.1f} % of a step ({s.step_ms:.1f} ms)",
         f"training step after pruning, mode {s.config['mode']}: {s.pruned_step_ms:.1f} ms",
         f"estimate vs oracle: {_oracle(s)}",
     ]
+    if s.unreadable:
+        were = "file could not be read and was" if s.unreadable == 1 else "files could not be read and were"
+        lines.insert(0, f"{s.unreadable} image {were} left out; log.jsonl names what was wrong")
+    return lines
 
 
 def _oracle(s: Summary) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from taylor_cuda.errors import CheckpointError, InputError
+from taylor_cuda.files import replacing
 from taylor_cuda.graph.checks import check_model
 from taylor_cuda.graph.groups import named_tensors
 from taylor_cuda.surgery.recipe import Recipe, keeps_for, recipe_of, sliced_shapes
@@ -57,16 +58,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
         text = json.dumps(header, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"metadata: JSON can't hold it ({error})") from None
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, part, metadata={"format": "pt", _HEADER: text})
-        _flush(part)
-        os.replace(part, path)
-        _flush(path.parent)
-    except SafetensorError as error:
-        raise InputError(f"model: can't be written to {path}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part:
+        try:
+            save_file(tensors, part, metadata={"format": "pt", _HEADER: text})
+        except SafetensorError as error:
+            raise InputError(f"model: can't be written to {path}: {error}") from error
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> nn.Module:
@@ -172,17 +168,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
         if size:
             crc = zlib.crc32((ctypes.c_char * size).from_address(tensor.data_ptr()), crc)
     return crc
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written, so that a rename can't outlive the contents it names."""
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _opened(path: Path) -> Any:

@@ -20,7 +20,10 @@ from taylor_cuda.importance import Importance
 from taylor_cuda.study import compare
 from taylor_cuda.surgery import cut
 from taylor_cuda.train.data import Batch
-from taylor_cuda.train.loop import Step, eval_mode, main_output, plain_step
+from taylor_cuda.train.loop import Step
+from taylor_cuda.train.modes import eval_mode
+from taylor_cuda.train.objective import main_output
+from taylor_cuda.train.step import TrainingStep
 
 
 class CutWitness:
@@ -190,8 +193,8 @@ def scoring_cost(
     """
     plain, scored = copy.deepcopy(model).train(), copy.deepcopy(model).train()
     estimator = Importance(scored, groups, criterion, source=source)
-    without = plain_step(plain, torch.optim.SGD(plain.parameters(), lr=1e-4, momentum=0.9))
-    with_scores = plain_step(scored, torch.optim.SGD(scored.parameters(), lr=1e-4, momentum=0.9), backward=estimator)
+    without = TrainingStep(plain, torch.optim.SGD(plain.parameters(), lr=1e-4, momentum=0.9))
+    with_scores = TrainingStep(scored, torch.optim.SGD(scored.parameters(), lr=1e-4, momentum=0.9), backward=estimator)
 
     def run(step: Step) -> float:
         return _step_ms(step, batch)
@@ -224,7 +227,7 @@ def training_step_ms(model: nn.Module, batch: Batch, steps: int = 40, seconds: f
         seconds: stop after this long, but not before three steps.
     """
     trained = copy.deepcopy(model).train()
-    step = plain_step(trained, torch.optim.SGD(trained.parameters(), lr=1e-4, momentum=0.9))
+    step = TrainingStep(trained, torch.optim.SGD(trained.parameters(), lr=1e-4, momentum=0.9))
     times: list[float] = []
     begin = time.perf_counter()
     with torch.random.fork_rng():  # how many steps there are is no matter of the run's numbers

@@ -16,9 +16,10 @@ from taylor_cuda.study import Comparison, Sensitivity, compare, sensitivity
 from taylor_cuda.study.compare import BUDGETS, criteria_named
 from taylor_cuda.train.config import RunConfig
 from taylor_cuda.train.environment import environment
-from taylor_cuda.train.loop import main_output
+from taylor_cuda.train.launch import rank_of_environment
+from taylor_cuda.train.objective import main_output
 from taylor_cuda.train.pruning import Stages
-from taylor_cuda.train.session import CHECKPOINT, Session
+from taylor_cuda.train.session import Session
 from taylor_cuda.train.state import Position
 
 ORACLE = "oracle.pt"
@@ -82,11 +83,13 @@ def run(
         TaylorError: something in ``config`` or ``question`` can't be used, or training diverged.
         RunInterruptedError: Ctrl-C; the state was saved.
     """
+    if rank_of_environment()[1] > 1:
+        raise InputError("compare: wanted one process, got several of torchrun")
     session = Session(config)
     groups = trace(session.model, session.probe[:2], ignore=config.ignore)
-    if resume:
-        session.restore()
-    else:
+    if not (resume and session.restore()):
+        if resume is True:
+            raise InputError(f"resume: nothing to go on from in {config.out} (start without --resume)")
         session.begin_log()
         (config.out / ORACLE).unlink(missing_ok=True)
     with session.interruptible():
@@ -95,8 +98,8 @@ def run(
             session.position = Position("compare")
         answer = _ask(session, groups, question, progress)
         finish(answer)
-    for name in (CHECKPOINT, ORACLE):
-        (config.out / name).unlink(missing_ok=True)
+    session.checkpoints.clear()
+    (config.out / ORACLE).unlink(missing_ok=True)
     return answer
 
 
@@ -106,7 +109,7 @@ def _ask(session: Session, groups: Groups, question: Question, progress: bool) -
     common: dict[str, Any] = {"loss": "cross_entropy", "seed": config.seed, "progress": progress}
 
     def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
-        session.stop.check()
+        session.check_stop()
         return F.cross_entropy(main_output(outputs), labels)
 
     def accuracy(outputs: Any, labels: Tensor) -> Tensor:

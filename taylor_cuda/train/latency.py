@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from taylor_cuda.train.loop import eval_mode
+from taylor_cuda.train.modes import eval_mode
 
 
 def latency_ms(

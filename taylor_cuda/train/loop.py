@@ -1,41 +1,39 @@
-"""A training loop: epochs, evaluation, BatchNorm recalibration. What a step does is passed in; the recipe says when."""
+"""A training loop: epochs and evaluation. What a step does is passed in; the run says when."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from taylor_cuda.distributed import total
 from taylor_cuda.errors import InputError, TaylorError
 from taylor_cuda.train.data import Batch, Data
+from taylor_cuda.train.modes import eval_mode
+from taylor_cuda.train.objective import main_output
 from taylor_cuda.train.state import Position
-
-Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""``(images, labels) -> (loss, logits)``: one optimizer step, everything included. What comes back is detached."""
+from taylor_cuda.train.waits import Waits
 
 
-class Backward(Protocol):
-    """Runs a backward pass; ``tc.Pruner`` and ``tc.Importance`` have one that takes scores on the way."""
+class Step(Protocol):
+    """What is done with a part of a minibatch; ``TrainingStep`` trains on it.
 
-    def backward(self, loss: Tensor, outputs: Any = None) -> None:
-        """Leave the gradients of ``loss`` in the parameters."""
+    Attributes:
+        micro: parts that a minibatch has.
+    """
 
+    micro: int
 
-class Updates(Protocol):
-    """Reads the gradients of a step before the optimizer uses them."""
-
-    def update(self) -> None:
-        """Called after the backward pass."""
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """``(images, labels) -> (mean loss, logits)``, detached."""
 
 
 @dataclass(frozen=True)
@@ -61,65 +59,11 @@ class Meter:
         self._sums += torch.stack((loss.detach() * len(labels), right)).to(self._sums)
         self.examples += len(labels)
 
-    def quality(self) -> Quality:
-        """The means over everything counted."""
-        loss, right = (self._sums / max(1, self.examples)).tolist()
-        return Quality(loss, right, self.examples)
-
-
-def main_output(outputs: Any) -> Tensor:
-    """The logits in what a model returns: itself, ``.logits``, ``["logits"]``, ``["out"]`` or the first of a tuple."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    logits = getattr(outputs, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(outputs, Mapping):
-        for key in ("logits", "out"):
-            if isinstance(outputs.get(key), Tensor):
-                return outputs[key]  # type: ignore[no-any-return]
-    if isinstance(outputs, (tuple, list)) and outputs and isinstance(outputs[0], Tensor):
-        return outputs[0]
-    raise InputError(
-        f"model: wanted logits as output (a tensor, a tuple or a dict with 'logits'), got {type(outputs).__name__}"
-    )
-
-
-def plain_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    backward: Backward | None = None,
-    watchers: Iterable[Updates] = (),
-) -> Step:
-    """One step of training on cross-entropy.
-
-    Args:
-        model: in train mode.
-        optimizer: of the model's parameters.
-        backward: runs the backward pass in place of ``loss.backward()``.
-        watchers: read the gradients before the optimizer changes the parameters.
-    """
-    watchers = tuple(watchers)
-
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = main_output(model(images))
-        loss = F.cross_entropy(logits, labels)
-        if backward is None:
-            loss.backward()
-        else:
-            backward.backward(loss, logits)
-        for watcher in watchers:
-            watcher.update()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach(), logits.detach()
-
-    return step
-
-
-def cosine(step: int, total: int) -> float:
-    """From 1 at step 0 to 0 at ``total``, half a cosine. Source: Loshchilov and Hutter, "SGDR", ICLR 2017."""
-    return 0.5 * (1 + math.cos(math.pi * min(step, total) / max(1, total)))
+    def quality(self, group: Any = None) -> Quality:
+        """The means over everything that all ranks of a group counted."""
+        sums = torch.cat([self._sums, self._sums.new_tensor([self.examples])])
+        loss, right, examples = total(sums, group).tolist()
+        return Quality(loss / max(1, examples), right / max(1, examples), int(examples))
 
 
 @dataclass
@@ -132,10 +76,11 @@ class Stage:
         steps: minibatches in one, at most ``data.steps_per_epoch``.
         first_epoch: number of its first epoch among all of the run's, which decides the order of the examples.
         rate: learning rate at a step of the stage.
-        step: what is done with a minibatch.
-        after_step: called after each step; raises ``KeyboardInterrupt`` to stop between two of them.
+        step: what is done with each part of a minibatch.
+        after_step: called after each minibatch; raises ``KeyboardInterrupt`` to stop between two of them.
         after_epoch: called with a record for the log.
-        done: ends the stage early.
+        done: ends the stage early, between two minibatches.
+        group: the ranks that train together.
     """
 
     name: str
@@ -147,6 +92,7 @@ class Stage:
     after_step: Callable[[], None] = lambda: None
     after_epoch: Callable[[dict[str, Any]], None] = lambda _: None
     done: Callable[[], bool] = lambda: False
+    group: Any = None
 
 
 def train_stage(
@@ -165,41 +111,51 @@ def train_stage(
     """
     while position.epoch < stage.epochs and not stage.done():
         model.train()
-        meter, started = Meter(device), time.perf_counter()
-        batches = itertools.islice(
-            data.train(stage.first_epoch + position.epoch, position.batch), stage.steps - position.batch
+        meter, waits, started, first = Meter(device), Waits(), time.perf_counter(), position.batch
+        parts = itertools.islice(
+            data.train(stage.first_epoch + position.epoch, first), (stage.steps - first) * stage.step.micro
         )
-        label = f"{stage.name} {position.epoch + 1}/{stage.epochs}"
-        with tqdm(total=stage.steps, initial=position.batch, desc=label, leave=False, disable=not progress) as bar:
-            for images, labels in batches:
-                taken = position.epoch * stage.steps + position.batch
-                rate = stage.rate(taken)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                images, labels = to_device((images, labels), device)
+        label, number = f"{stage.name} {position.epoch + 1}/{stage.epochs}", position.epoch + 1
+        with tqdm(total=stage.steps, initial=first, desc=label, leave=False, disable=not progress) as bar:
+            for part, batch in enumerate(waits.timed(parts), 1):
+                _set_rate(optimizer, stage.rate(position.epoch * stage.steps + position.batch))
+                images, labels = to_device(batch, device)
                 meter.add(*stage.step(images, labels), labels)
+                if part % stage.step.micro:
+                    continue
                 position.batch += 1
                 bar.update()
+                if progress:
+                    bar.set_postfix_str(f"waits for data {waits.share(time.perf_counter() - started):.0%}", False)
                 stage.after_step()
                 if stage.done():
                     break
-        quality = meter.quality()
-        position.epoch, position.batch = position.epoch + 1, 0
+        quality = meter.quality(stage.group)
+        seconds = time.perf_counter() - started
+        if position.batch >= stage.steps or not stage.done():
+            position.epoch, position.batch = number, 0
         if not math.isfinite(quality.loss):
             raise TaylorError(
-                f"{stage.name}: the training loss of epoch {position.epoch} is {quality.loss}; try a smaller --lr"
+                f"{stage.name}: the training loss of epoch {number} is {quality.loss}; try a smaller --lr"
             )
         stage.after_epoch(
             {
                 "event": "epoch",
                 "stage": stage.name,
-                "epoch": position.epoch,
+                "epoch": number,
                 "loss": quality.loss,
                 "accuracy": quality.accuracy,
                 "lr": optimizer.param_groups[0]["lr"],
-                "seconds": time.perf_counter() - started,
+                "seconds": seconds,
+                "images_per_s": quality.examples / seconds,
+                "data_wait": waits.share(seconds),
             }
         )
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)  # timm's layers may have a share of it
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -208,22 +164,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-@contextmanager
-def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; train or eval mode of every single module is put back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, limit: int | None = None) -> Quality:
-    """Mean loss and accuracy in eval mode over at most ``limit`` batches.
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    limit: int | None = None,
+    group: Any = None,
+) -> Quality:
+    """Mean loss and accuracy in eval mode over at most ``limit`` batches of each rank of a group.
 
     Raises:
         InputError: there is no batch.
@@ -234,61 +183,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, l
             images, labels = to_device(batch, device)
             logits = main_output(model(images))
             meter.add(F.cross_entropy(logits, labels), logits, labels)
-    if meter.examples == 0:
+    quality = meter.quality(group)
+    if quality.examples == 0:
         raise InputError("evaluate: wanted at least one batch, got none")
-    return meter.quality()
-
-
-@torch.no_grad()
-def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any], limit: int = 50) -> int:
-    """Take the running statistics of every BatchNorm anew: the plain average over ``batches``.
-
-    After channels are gone, and weights have moved fast, the moving averages lag behind. Everything but the BatchNorms
-    runs in eval mode; train or eval mode and ``momentum`` of each module are put back. On an exception the old
-    statistics are.
-
-    Args:
-        model: on the device of the batches, or the other way round.
-        batches: tensors, tuples whose first entry is the model's input (labels may follow), or dicts of keyword
-            arguments.
-        limit: batches to use at most.
-
-    Returns:
-        The number of batches used; 0, and nothing is changed, where the model has no BatchNorm with running statistics.
-
-    Raises:
-        InputError: there is no batch.
-    """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
-    if not norms:
-        return 0
-    momenta = [norm.momentum for norm in norms]
-    old = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-    device = next(model.parameters()).device
-    used = 0
-    with eval_mode(model):
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum, norm.training = None, True
-            for batch in itertools.islice(batches, limit):
-                _call(model, batch, device)
-                used += 1
-            if used == 0:
-                raise InputError("recalibrate_batch_norm: wanted at least one batch, got none")
-        except BaseException:
-            for buffer, value in old:
-                buffer.copy_(value)
-            raise
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-    return used
-
-
-def _call(model: nn.Module, batch: Any, device: torch.device) -> None:
-    if isinstance(batch, Mapping):
-        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-        return
-    images = batch[0] if isinstance(batch, (tuple, list)) else batch
-    model(images.to(device))
+    return quality

@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
+from typing import Literal
 
-from taylor_cuda.errors import TaylorError
+from taylor_cuda.errors import InputError, TaylorError
 from taylor_cuda.graph import trace
 from taylor_cuda.pruner import Pruner
 from taylor_cuda.surgery import save
+from taylor_cuda.train.batch_norm import average_statistics, recalibrate_batch_norm
 from taylor_cuda.train.checks import SourceComparison, oracle_agreement, scoring_cost, training_step_ms
 from taylor_cuda.train.config import RunConfig
 from taylor_cuda.train.environment import environment
 from taylor_cuda.train.latency import latency_ms
-from taylor_cuda.train.loop import (
-    Stage,
-    Step,
-    cosine,
-    evaluate,
-    plain_step,
-    recalibrate_batch_norm,
-    to_device,
-    train_stage,
-)
+from taylor_cuda.train.launch import launched
+from taylor_cuda.train.loop import Stage, Step, evaluate, to_device, train_stage
 from taylor_cuda.train.models import layer_widths
-from taylor_cuda.train.session import CHECKPOINT, MODEL, Session
+from taylor_cuda.train.modes import uncompiled
+from taylor_cuda.train.rates import Schedule
+from taylor_cuda.train.session import MODEL, Session
 from taylor_cuda.train.state import Position
 from taylor_cuda.train.summary import Summary
+
+COMPILE_FROM = 200
+"""Minibatches between prune steps for which it pays to compile the network at each of its widths."""
 
 
 def run(
     config: RunConfig,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     tell: Callable[[str], None] = lambda _: None,
     finish: Callable[[Summary], None] = lambda _: None,
     progress: bool = False,
 ) -> Summary:
     """Prune one model as ``config`` says and save it to ``config.out``.
 
-    Everything that can be refused is refused before any training.
+    Everything that can be refused is refused before any training. Under ``torchrun`` every process calls this; the
+    first one writes and tells.
 
     Args:
         config: what to do.
-        resume: go on from the state that an interrupted run of the same ``config`` left in ``config.out``.
+        resume: go on from the newest whole checkpoint that an unfinished run of the same ``config`` left in
+            ``config.out``; ``"auto"``: if there is one.
         tell: gets a line at the end of each stage.
         finish: gets the summary before the run counts as finished, to write reports with.
         progress: show progress bars.
@@ -52,16 +54,19 @@ def run(
         TaylorError: something in ``config`` can't be used, or training diverged.
         RunInterruptedError: Ctrl-C; the state was saved.
     """
-    session = Session(config)
-    if resume:
-        session.restore()
-    else:
-        session.begin()
-    stages = Stages(session, tell, progress)
-    with session.interruptible():
-        summary = stages.run()
-        finish(summary)
-    (config.out / CHECKPOINT).unlink(missing_ok=True)
+    with launched(config.device) as launch:
+        session = Session(config, launch)
+        if not (resume and session.restore()):
+            if resume is True:
+                raise InputError(f"resume: nothing to go on from in {config.out} (start without --resume)")
+            session.begin()
+        stages = Stages(session, tell if launch.first else lambda _: None, progress and launch.first)
+        with session.interruptible():
+            summary = stages.run()
+            if launch.first:
+                finish(summary)
+        if launch.first:
+            session.checkpoints.clear()
     return summary
 
 
@@ -77,19 +82,25 @@ class Stages:
         session = self.session
         if session.position.stage == "base":
             self.base()
-            session.position = Position("oracle")
+            self._enter("oracle")
         if session.position.stage == "oracle":
             self._ask_oracle()
-            session.position = Position("prune")
+            self._enter("prune")
         pruner = session.pruner or session.prepare_pruning()
         if session.position.stage == "prune":
             self._prune(pruner)
-            session.position = Position("finetune")
+            within = self.config.total_epochs is not None
+            self._enter("finetune", session.position if within else None)
         if session.position.stage == "finetune":
             self._finetune()
             pruner.finish()
-            session.position = Position("measure")
+            session.take_the_average()
+            self._enter("measure")
         return self._measure(pruner)
+
+    def _enter(self, stage: str, at: Position | None = None) -> None:
+        session = self.session
+        session.position = Position(stage) if at is None else Position(stage, at.epoch, at.batch)
 
     def _train(
         self,
@@ -101,31 +112,65 @@ class Stages:
         after_step: Callable[[], None] = lambda: None,
         done: Callable[[], bool] = lambda: False,
     ) -> None:
-        session = self.session
+        session, every = self.session, self.config.eval_every
 
-        def after() -> None:
+        def after_minibatch() -> None:
             after_step()
-            session.stop.check()
+            session.after_minibatch()
 
-        stage = Stage(name, epochs, session.steps, first_epoch, rate, step, after, session.log, done)
+        def after_epoch(record: dict[str, object]) -> None:
+            session.log(record)
+            session.unreadable()
+            session.check_in_sync()
+            if every and session.position.epoch % every == 0 and session.position.epoch < epochs:
+                self._evaluate("validation", f"{name}: epoch {session.position.epoch}")
+            if self.config.checkpoint_every is None:
+                session.save()
+
+        stage = Stage(name, epochs, session.steps, first_epoch, rate, step, after_minibatch, after_epoch, done)
+        stage.group = session.group
         train_stage(
             stage, session.model, session.optimizer, session.data, session.position, session.device, self.progress
         )
 
-    def _evaluate(self, event: str, before: str) -> float:
-        session = self.session
-        quality = evaluate(session.model, session.val(), session.device)
+    def _evaluate(self, event: str, before: str, trained: bool = True) -> float:
+        session, config = self.session, self.config
+        model = session.evaluated
+        if trained and config.recalibrate:
+            recalibrate_batch_norm(model, session.train_batches(), config.recalibrate, session.group)
+        else:
+            average_statistics(model, session.group)
+        with session.precision.autocast():
+            quality = evaluate(model, session.val(), session.device, group=session.group)
+        session.unreadable()
         session.log({"event": event, "loss": quality.loss, "accuracy": quality.accuracy})
         self.tell(f"{before}: accuracy {quality.accuracy:.4f}")
         return quality.accuracy
 
+    def _schedule(self, peak: float, epochs: int, first: bool) -> Schedule:
+        """The learning rate of a number of epochs, which the run may begin with."""
+        config, steps = self.config, self.session.steps
+        scale = 1.0 if config.lr_per is None else self.session.global_batch / config.lr_per
+        return Schedule(
+            peak * scale,
+            epochs * steps,
+            config.lr_schedule,
+            round(config.warmup_epochs * steps) if first else 0,
+            config.lr_step_epochs * steps,
+            config.lr_step_factor,
+        )
+
+    def _schedule_after(self) -> Schedule:
+        """The one of fine-tuning; with ``total_epochs``, of pruning too."""
+        within = self.config.total_epochs is not None and self.config.base_epochs == 0
+        return self._schedule(self.config.rate_after, self.config.epochs_after, within)
+
     def base(self) -> None:
         """Base training, from where the session stands in it."""
-        session, epochs, peak = self.session, self.config.base_epochs, self.config.lr
-        total = epochs * session.steps
-        step = plain_step(session.model, session.optimizer)
-        self._train("base", epochs, 0, lambda taken: peak * cosine(taken, total), step)
-        session.measured.base_accuracy = self._evaluate("base", f"base: {epochs} epochs")
+        session, epochs = self.session, self.config.base_epochs
+        rate = self._schedule(self.config.lr, epochs, first=True)
+        self._train("base", epochs, 0, rate, session.new_step())
+        session.measured.base_accuracy = self._evaluate("base", f"base: {epochs} epochs", trained=epochs > 0)
 
     def _ask_oracle(self) -> None:
         session, config, measured = self.session, self.config, self.session.measured
@@ -134,39 +179,57 @@ class Stages:
         batches = session.oracle_batches()
         groups = trace(session.model, session.probe[:2], ignore=config.ignore)
         found = oracle_agreement(
-            session.model, groups, batches, config.criterion, config.seed, session.stop.check, self.progress
+            session.model, groups, batches, config.criterion, config.seed, session.check_stop, self.progress
         )
         measured.estimate_spearman, measured.magnitude_spearman = found.estimate, found.magnitude
         measured.oracle_examples, measured.oracle_note = sum(len(labels) for _, labels in batches), found.note
 
     def _prune(self, pruner: Pruner) -> None:
-        session, rate = self.session, self.config.rate_after
-        if math.isnan(session.measured.scoring_percent):
+        session, config, measured = self.session, self.config, self.session.measured
+        if session.launch.first and math.isnan(measured.scoring_percent):
             self._measure_scoring(pruner)
-        comparison = None if session.measured.sources_compared else SourceComparison(session.model, pruner.groups)
+        comparison = self._comparison(pruner)
         watchers = [] if comparison is None else [comparison]
+        rate: Callable[[int], float] = self._schedule_after()
+        if config.total_epochs is None:
+            peak = self._schedule(config.rate_after, 0, first=False).peak
+            rate = lambda _: peak  # noqa: E731
+        epochs = session.prune_epochs if config.total_epochs is None else config.total_epochs
         try:
-            self._train(
-                "prune",
-                session.prune_epochs,
-                self.config.base_epochs,
-                lambda _: rate,
-                plain_step(session.model, session.optimizer, pruner, watchers),
-                lambda: self._prune_step(pruner, comparison),
-                lambda: pruner.done,
-            )
+            with uncompiled(session.model) if config.every < COMPILE_FROM else contextlib.nullcontext():
+                self._train(
+                    "prune",
+                    epochs,
+                    config.base_epochs,
+                    rate,
+                    session.new_step(pruner, watchers),
+                    lambda: self._prune_step(pruner, comparison),
+                    lambda: pruner.done,
+                )
         finally:
             if comparison is not None:
                 comparison.close()
         if not pruner.done:
             raise TaylorError(f"prune: only {pruner.prunes} of {pruner.steps} prune steps had usable scores")
-        recalibrate_batch_norm(session.model, session.train_batches())
+        if config.reset_optimizer:
+            session.optimizer.state.clear()
         before, after = session.costs(pruner)
         told = f"prune: {pruner.steps} steps to {after.macs / before.macs:.3f} of the MACs"
-        session.measured.cut_accuracy = self._evaluate("pruned", told)
-        batch = to_device(next(session.train_batches()), session.device)
-        seconds = self.config.measure_seconds
-        session.measured.pruned_step_ms = training_step_ms(session.model, batch, seconds=seconds)
+        measured.cut_accuracy = self._evaluate("pruned", told)
+        if session.launch.first:
+            batch = to_device(next(session.train_batches()), session.device)
+            measured.pruned_step_ms = training_step_ms(session.model, batch, seconds=config.measure_seconds)
+
+    def _comparison(self, pruner: Pruner) -> SourceComparison | None:
+        """Whether scores agree, where what they are computed from is exact and on one device."""
+        session, config = self.session, self.config
+        if session.measured.sources_compared:
+            return None
+        if session.group is not None or config.amp != "off" or session.micro > 1:
+            session.measured.sources_compared = True
+            session.measured.source_note = "under AMP, with several ranks or with accumulated gradients they aren't"
+            return None
+        return SourceComparison(session.model, pruner.groups)
 
     def _prune_step(self, pruner: Pruner, comparison: SourceComparison | None) -> None:
         session, measured = self.session, self.session.measured
@@ -196,10 +259,9 @@ class Stages:
         session.measured.scoring_percent, session.measured.step_ms = cost.percent, cost.step_ms
 
     def _finetune(self) -> None:
-        session, epochs, peak = self.session, self.config.epochs_after, self.config.rate_after
-        total, first = epochs * session.steps, self.config.base_epochs + session.prune_epochs
-        step = plain_step(session.model, session.optimizer)
-        self._train("finetune", epochs, first, lambda taken: peak * cosine(taken, total), step)
+        session, config = self.session, self.config
+        first = config.base_epochs + (session.prune_epochs if config.total_epochs is None else 0)
+        self._train("finetune", config.epochs_after, first, self._schedule_after(), session.new_step())
 
     def _measure(self, pruner: Pruner) -> Summary:
         session, config, measured = self.session, self.config, self.session.measured
@@ -207,12 +269,15 @@ class Stages:
         models = {"before": session.original, "after": session.model}
         times: dict[int, dict[str, float | None]] = {}
         for batch in (1, 256):
-            session.stop.check()
-            found = latency_ms(models, session.data.shape, batch, session.device, config.measure_seconds)
+            session.check_stop()
+            found = None
+            if session.launch.first:
+                found = latency_ms(models, session.data.shape, batch, session.device, config.measure_seconds)
             times[batch] = {**found} if found else dict.fromkeys(models)
-        session.stop.check()
+        session.check_stop()
         before, after = session.costs(pruner)
-        save(session.model, config.out / MODEL, metadata={"model": config.model, "data": config.data})
+        if session.launch.first:
+            save(session.model, config.out / MODEL, metadata={"model": config.model, "data": config.data})
         return Summary(
             model=config.model,
             data=session.data.name,
@@ -245,6 +310,7 @@ class Stages:
             scoring_percent=measured.scoring_percent,
             step_ms=measured.step_ms,
             pruned_step_ms=measured.pruned_step_ms,
+            unreadable=measured.unreadable,
             seconds=session.seconds(),
             config=config.identity(),
             environment=environment(session.device),

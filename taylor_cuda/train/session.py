@@ -7,104 +7,146 @@ two and the tensors, and enters the same stages where it left them.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from taylor_cuda.errors import InputError
+from taylor_cuda.distributed import gathered, together, total
+from taylor_cuda.errors import InputError, TaylorError
+from taylor_cuda.files import remove_remains
 from taylor_cuda.importance.criteria import find_criterion
 from taylor_cuda.planning.cost import Cost, original_cost
 from taylor_cuda.pruner import Pruner
 from taylor_cuda.train.checks import CutWitness
 from taylor_cuda.train.config import RunConfig
-from taylor_cuda.train.data import Batch, load_data
+from taylor_cuda.train.data import Batch, Share, load_data
 from taylor_cuda.train.environment import environment, find_device
-from taylor_cuda.train.loop import main_output, to_device
+from taylor_cuda.train.launch import Launch
+from taylor_cuda.train.logs import RunLog
+from taylor_cuda.train.loop import to_device
 from taylor_cuda.train.messages import first_line
 from taylor_cuda.train.models import load_model
-from taylor_cuda.train.state import (
-    Position,
-    RunInterruptedError,
-    StopRequest,
-    load_state,
-    restore_rng,
-    save_state,
-    stop_between_steps,
-)
+from taylor_cuda.train.objective import Objective, main_output, mixing_of
+from taylor_cuda.train.optimizers import new_optimizer
+from taylor_cuda.train.snapshot import put_back, state_of
+from taylor_cuda.train.state import Checkpoints, Position, generator_states, load_state, restore_generators
+from taylor_cuda.train.step import Backward, Precision, TrainingStep, Updates, moving_average
+from taylor_cuda.train.stopping import RunInterruptedError, StopRequest, stop_between_steps
+from taylor_cuda.train.summary import Measured
 
-CHECKPOINT, MODEL, LOG = "checkpoint.pt", "model.safetensors", "log.jsonl"
+CHECKPOINTS, MODEL, LOG = "checkpoints", "model.safetensors", "log.jsonl"
 PROBE = 64
 """Images on which a cut is compared with its mask."""
-
-
-@dataclass
-class Measured:
-    """What the run has found out so far; plain values. See ``Summary``."""
-
-    base_accuracy: float = math.nan
-    cut_accuracy: float = math.nan
-    cut_difference: float = 0.0
-    cut_scale: float = 0.0
-    cuts: int = 0
-    sources_compared: bool = False
-    source_difference: float | None = None
-    source_note: str | None = None
-    estimate_spearman: float | None = None
-    magnitude_spearman: float | None = None
-    oracle_examples: int = 0
-    oracle_note: str | None = None
-    scoring_percent: float = math.nan
-    step_ms: float = math.nan
-    pruned_step_ms: float = math.nan
-    seconds: float = 0.0
+ASK_EVERY = 10
+"""Minibatches after which ranks ask each other whether one of them was told to stop."""
 
 
 class Session:
     """Model, data, optimizer and pruner of one run. Making it refuses a model, data or device that can't be used.
 
+    Args:
+        config: what the run is to do.
+        launch: the processes of the run.
+
     Attributes:
+        model: the network itself.
+        trained: what a training step calls: the network, or ``DistributedDataParallel`` around it.
         original: the model as it was made, to compare with; never trained.
+        average: the moving average of the weights, or ``None``.
+        teacher: the network before pruning, where its predictions are to be kept, or ``None``.
         steps: minibatches an epoch.
         prune_epochs: epochs, whole or begun, that the prune steps take.
+        micro: parts of a minibatch on each rank.
+        taken: minibatches trained on so far.
         probe: a few validation images on the device.
         pruner: there once pruning has begun; ``witness`` likewise.
     """
 
     witness: CutWitness
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, launch: Launch | None = None) -> None:
         self.config = config
         self.started = time.perf_counter()
-        self.device = find_device(config.device)
+        self.launch = launch or Launch(find_device(config.device))
+        self.device, self.group = self.launch.device, self.launch.group
         find_criterion(config.criterion)
-        pin_memory = self.device.type == "cuda"
-        self.data = load_data(
-            config.data, config.split(ranks=1)[0], config.seed, config.image_size, config.workers, pin_memory
-        )
+        if config.ema and config.mode != "cut":
+            raise InputError(f"ema: wanted mode='cut' with it, got mode={config.mode!r}")
+        self.global_batch, self.micro = config.split(self.launch.ranks)
+        self.log_file = RunLog(config.out / LOG, config.tensorboard)
+        self.checkpoints = Checkpoints(config.out / CHECKPOINTS, config.checkpoints)
+        self._load_data()
         torch.manual_seed(config.seed)
         self.model = load_model(config.model, config.num_classes, config.weights).to(self.device)
-        self.steps = min(self.data.steps_per_epoch, config.steps_limit or self.data.steps_per_epoch)
-        self.prune_epochs = math.ceil(config.every * config.steps / self.steps)
-        self.probe = to_device(next(self.data.val()), self.device)[0][:PROBE]
-        self._check_fit()
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.probe = self._probe()
+        self.mixing = mixing_of(config.mixup, config.cutmix, self._check_fit())
         self.original = copy.deepcopy(self.model)
-        self.position = Position("base")
+        self.trained = self._wrapped()
+        self.position, self.taken = Position("base"), 0
         self.measured = Measured()
+        self.precision = Precision(config.amp, self.device)
         self.optimizer = self.new_optimizer()
+        self.average: AveragedModel | None = None
+        self.teacher: nn.Module | None = None
         self.pruner: Pruner | None = None
         self.stop = StopRequest()
+        self._told: set[str] = set()
+        if self.launch.rank:
+            torch.manual_seed(config.seed + self.launch.rank)  # what is random in training differs over ranks
 
-    def _check_fit(self) -> None:
-        """Raise unless the model turns these images into logits for these classes."""
+    def _load_data(self) -> None:
+        config, launch = self.config, self.launch
+        self.data = load_data(
+            config.data,
+            self.global_batch,
+            config.seed,
+            config.image_size,
+            config.workers,
+            pin_memory=self.device.type == "cuda",
+            share=Share(launch.rank, launch.ranks, self.micro),
+            num_classes=config.num_classes,
+        )
+        self.steps = min(self.data.steps_per_epoch, config.steps_limit or self.data.steps_per_epoch)
+        self.prune_epochs = math.ceil(config.every * config.steps / self.steps)
+        if config.total_epochs is not None and self.prune_epochs > config.total_epochs:
+            raise InputError(
+                f"total_epochs: wanted enough for {config.steps} prune steps every {config.every} of {self.steps} "
+                f"minibatches an epoch, at least {self.prune_epochs}, got {config.total_epochs}"
+            )
+
+    def _probe(self) -> Tensor:
+        first = next(self.data.val(), None)
+        if first is None:
+            raise InputError(
+                f"data: wanted validation images for each of {self.launch.ranks} ranks, got {self.data.val_size}"
+            )
+        return to_device(first, self.device)[0][:PROBE]
+
+    def _wrapped(self) -> nn.Module:
+        config, device = self.config, self.device
+        if config.sync_batch_norm and self.launch.ranks > 1:
+            if device.type != "cuda":
+                raise InputError(f"sync_batch_norm: wanted GPUs, got device {device}")
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if config.compile:
+            self.model.compile()
+        if self.launch.ranks == 1:
+            return self.model
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def _check_fit(self) -> int:
+        """The network's outputs; raise unless it turns these images into logits for these classes."""
         shape, classes = self.data.shape, len(self.data.classes)
         try:
             with torch.no_grad():
@@ -123,12 +165,16 @@ class Session:
                 f"model: wanted logits [N, {classes} or more] for the {classes} classes of {self.data.name}, "
                 f"got {list(logits.shape)}; set --num-classes"
             )
+        return logits.shape[1]
 
     # -- making --------------------------------------------------------------------------------------------------------
 
-    def new_pruner(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Pruner:
+    def new_pruner(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, average: AveragedModel | None = None
+    ) -> Pruner:
         """A pruner as the configuration says."""
         config = self.config
+        warmer = config.distill > 0 and config.distill_temperature != 1  # no cross-entropy of these logits any more
         return Pruner(
             model,
             self.probe[:2],
@@ -142,13 +188,36 @@ class Session:
             ignore=config.ignore,
             round_to=config.round_to,
             min_keep=config.min_keep,
+            momentum=config.momentum,
+            shared_norm=config.shared_norm,
             seed=config.seed,
+            ema=average,
+            loss="any" if warmer else "cross_entropy",
         )
 
-    def new_optimizer(self) -> torch.optim.SGD:
-        """SGD with momentum 0.9 over the model's parameters."""
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """An optimizer over the model's parameters as the configuration says."""
         config = self.config
-        return torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+        return new_optimizer(config.optimizer, self.model, config.lr, config.weight_decay)
+
+    def new_step(self, backward: Backward | None = None, watchers: Iterable[Updates] = ()) -> TrainingStep:
+        """What is done with a minibatch, as the configuration says."""
+        config = self.config
+        objective = Objective(config.label_smoothing, self.teacher, config.distill, config.distill_temperature)
+        return TrainingStep(
+            self.trained,
+            self.optimizer,
+            backward,
+            watchers,
+            objective=objective,
+            precision=self.precision,
+            micro=self.micro,
+            mixing=self.mixing,
+            clip=config.clip,
+            average=self.average,
+            group_lasso=config.group_lasso,
+            channels_last=config.channels_last,
+        )
 
     def begin(self) -> None:
         """Refuse now what would only show after base training; then start the log of a new run."""
@@ -156,19 +225,48 @@ class Session:
         self.begin_log()
 
     def begin_log(self) -> None:
-        """The log of a new run."""
-        self.config.out.mkdir(parents=True, exist_ok=True)
-        (self.config.out / LOG).unlink(missing_ok=True)
-        self.log({"event": "start", **self.config.identity(), "environment": environment(self.device)})
+        """The log of a new run.
+
+        Raises:
+            InputError: there are checkpoints of another one, which would be lost.
+        """
+        config = self.config
+        with together("the start", self.group):
+            if self.launch.first and self.checkpoints.newest() is not None:
+                raise InputError(
+                    f"out: {config.out} holds checkpoints of a run that has not ended; go on with --resume, give "
+                    f"another --out, or remove {self.checkpoints.folder}"
+                )
+            if self.launch.first:
+                self.log_file.begin()
+        start = {**config.identity(), "global_batch": self.global_batch, "ranks": self.launch.ranks}
+        self.log({"event": "start", **start, "environment": environment(self.device)})
 
     def prepare_pruning(self) -> Pruner:
-        """A fresh optimizer, the pruner, and what watches it. The model has its original widths."""
+        """A fresh optimizer, the pruner, and what goes along with it. The model has its original widths."""
+        config = self.config
         self.optimizer = self.new_optimizer()
-        pruner = self.new_pruner(self.model, self.optimizer)
-        cuts = self.config.mode == "cut"
+        if config.ema:
+            self.average = moving_average(self.model, config.ema)
+        if config.distill:
+            self.teacher = copy.deepcopy(self.original)
+            self.teacher.load_state_dict(self.model.state_dict())
+        pruner = self.new_pruner(self.trained, self.optimizer, self.average)
+        cuts = config.mode == "cut"
         self.witness = CutWitness(copy.deepcopy(self.original), pruner.groups, self.probe, follows=cuts)
         self.pruner = pruner
         return pruner
+
+    def take_the_average(self) -> None:
+        """Let the network have the average of its weights, which is what is kept of the run."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+            self.average = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network whose accuracy counts: the average of its weights, where there is one."""
+        return self.model if self.average is None else self.average.module
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -186,8 +284,53 @@ class Session:
 
     def _stoppable(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            self.stop.check()
+            self.check_stop()
             yield batch
+
+    def check_stop(self) -> None:
+        """Raise ``KeyboardInterrupt`` if there was one. Ranks have to agree first, and do so between minibatches."""
+        if self.group is None:
+            self.stop.check()
+
+    def after_minibatch(self) -> None:
+        """Count it; write a checkpoint if it is time; stop here if that was asked for, on any rank."""
+        self.taken += 1
+        every = self.config.checkpoint_every
+        if every is not None and self.taken % every == 0:
+            self.save()
+        if self.group is None:
+            self.stop.check()
+        elif self.taken % ASK_EVERY == 0:
+            asked = total(torch.tensor(float(self.stop.asked), device=self.device), self.group)
+            if asked > 0:
+                raise KeyboardInterrupt
+
+    def check_in_sync(self) -> None:
+        """Raise unless all ranks have the same parameters, bit for bit.
+
+        Raises:
+            TaylorError: they have come apart.
+        """
+        if self.group is None:
+            return
+        kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        bits = [
+            parameter.detach().flatten().view(kinds[parameter.element_size()]) for parameter in self.model.parameters()
+        ]
+        digest = str(torch.stack([piece.sum(dtype=torch.int64) for piece in bits]).tolist())
+        found = gathered(digest, self.group)
+        if len(set(found)) > 1:
+            other = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+            raise TaylorError(f"ranks {other} no longer have the parameters of rank 0; go on from a checkpoint")
+
+    def unreadable(self) -> None:
+        """Log the files that could not be read since the last time, on any rank."""
+        fresh = {path: why for path, why in self.data.unreadable.items() if path not in self._told}
+        self._told.update(fresh)
+        for found in gathered(fresh, self.group):
+            for path, why in found.items():
+                self.measured.unreadable += 1
+                self.log({"event": "unreadable", "path": path, "reason": why})
 
     def costs(self, pruner: Pruner) -> tuple[Cost, Cost]:
         """What the model cost as it was made, and what it costs now."""
@@ -198,9 +341,9 @@ class Session:
         return self.measured.seconds + time.perf_counter() - self.started
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one JSON line to the log."""
-        with open(self.config.out / LOG, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
+        """Append one event to the log."""
+        if self.launch.first:
+            self.log_file.write(record, self.taken)
 
     # -- stopping and going on -----------------------------------------------------------------------------------------
 
@@ -211,46 +354,44 @@ class Session:
         Raises:
             RunInterruptedError: in its place.
         """
-        with stop_between_steps() as self.stop:
+        with stop_between_steps(alone=self.group is None) as self.stop:
             try:
                 yield
             except KeyboardInterrupt:
                 self.save()
                 raise RunInterruptedError(
-                    f"interrupted in stage {self.position.stage!r}; state saved in {self.config.out / CHECKPOINT}"
+                    f"interrupted in stage {self.position.stage!r}; state saved in {self.checkpoints.folder}"
                 ) from None
 
     def save(self) -> None:
-        """Write everything into one file, from which ``restore`` goes on."""
-        pruner = self.pruner
-        measured = dataclasses.replace(self.measured, seconds=self.seconds())
-        state = {
-            "config": self.config.identity(),
-            "position": dataclasses.asdict(self.position),
-            "measured": dataclasses.asdict(measured),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "pruner": None if pruner is None else pruner.state_dict(),
-        }
-        save_state(self.config.out / CHECKPOINT, state)
+        """Write everything into one checkpoint, from which ``restore`` goes on. All ranks call it."""
+        generators = gathered(generator_states(), self.group)
+        with together("the checkpoint", self.group):
+            if self.launch.first:
+                self.checkpoints.save(self.taken, {**state_of(self), "generators": generators})
 
-    def restore(self) -> None:
-        """Bring every object to where the interrupted run left it.
+    def restore(self) -> bool:
+        """Bring every object to where the newest checkpoint that is whole left it.
+
+        Returns:
+            There is one.
 
         Raises:
-            InputError: there is nothing to go on from, or it belongs to a run with other settings.
-            CheckpointError: the file is damaged.
+            InputError: it belongs to a run with other settings.
+            CheckpointError: it can't be read.
         """
-        state = load_state(self.config.out / CHECKPOINT, self.device)
-        then, now = state["config"], self.config.identity()
-        other = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in now if then.get(key) != now[key]]
-        if other:
-            raise InputError(f"resume: the state belongs to a run with other settings: {'; '.join(other)}")
-        self.position, self.measured = Position(**state["position"]), Measured(**state["measured"])
-        if state["pruner"] is not None:
-            self.prepare_pruning().load_state_dict(state["pruner"])
-            self.witness.follow(state["pruner"]["kept"])
-        self.model.load_state_dict(state["model"])
-        if state["pruner"] is not None or self.position.stage == "base":
-            self.optimizer.load_state_dict(state["optimizer"])
-        restore_rng(state)
+        if self.launch.first:
+            remove_remains(self.config.out)
+        path = gathered(self.checkpoints.newest() if self.launch.first else None, self.group)[0]
+        if path is None:
+            return False
+        state = load_state(path, self.device)
+        put_back(self, state)
+        self._restore_generators(state["generators"])
+        return True
+
+    def _restore_generators(self, states: list[dict[str, Tensor]]) -> None:
+        if len(states) == self.launch.ranks:
+            restore_generators(states[self.launch.rank])
+        else:  # other ranks than then: any numbers will do, if they aren't those that were used
+            torch.manual_seed((self.config.seed + self.launch.rank) * 1_000_003 + self.taken)

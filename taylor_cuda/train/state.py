@@ -1,23 +1,23 @@
-"""Stopping a run between two steps and going on from there."""
+"""Where a run stands, and the checkpoints from which it goes on."""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from taylor_cuda.errors import CheckpointError, InputError, TaylorError
-from taylor_cuda.files import replacing
+from taylor_cuda.errors import CheckpointError, InputError
+from taylor_cuda.files import remove_remains, rename, temporary_beside
 from taylor_cuda.train.messages import first_line
 
-FORMAT = 1
+FORMAT = 2
+_NAME = re.compile(r"(\d{8,})-([0-9a-f]{16})\.pt")
 
 
 @dataclass
@@ -29,65 +29,71 @@ class Position:
     batch: int = 0
 
 
-class RunInterruptedError(TaylorError):
-    """A run was stopped with Ctrl-C; the message says where its state is."""
+class Checkpoints:
+    """The last few states of a run, each a file in a folder.
 
+    A file's name holds the number of the minibatch and the beginning of the SHA-256 of its content, so that one rename
+    makes file and checksum appear together. One file a state: weights and optimizer always belong together. What is in
+    it is tensors and plain values, which load without running code.
 
-class StopRequest:
-    """Remembers a Ctrl-C until the run is between two steps."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def check(self) -> None:
-        """Raise ``KeyboardInterrupt`` if there was one."""
-        if self.asked:
-            self.asked = False
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def stop_between_steps() -> Iterator[StopRequest]:
-    """While active, Ctrl-C only sets a flag, so that no step or cut is left half done; a second one is final."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-
-    def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
-        if request.asked:
-            raise KeyboardInterrupt
-        request.asked = True
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield request
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write everything a run needs to go on into one file: tensors and plain values, loadable without running code.
-
-    One file, because two can't be renamed at once: weights and optimizer state always belong together.
+    Args:
+        folder: made when the first one is saved.
+        keep: how many stay.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        rng["cuda"] = torch.cuda.get_rng_state()
-    with replacing(path) as temporary:
-        torch.save({"format": FORMAT, "rng": rng, **state}, temporary)
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        self.folder, self._keep = folder, keep
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write everything a run needs to go on from minibatch ``step``; the oldest ones go."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(self.folder / "state.pt") as temporary:
+            torch.save({"format": FORMAT, **state}, temporary)
+            path = self.folder / f"{step:08d}-{_digest(temporary)}.pt"
+            rename(temporary, path)
+        for older in self._paths()[self._keep :]:
+            older.unlink()
+        return path
+
+    def newest(self) -> Path | None:
+        """The newest one that is whole, or ``None``. Half-written files of a process that was killed are removed."""
+        remove_remains(self.folder)
+        for path in self._paths():
+            if _NAME.fullmatch(path.name)[2] == _digest(path):  # type: ignore[index]
+                return path
+            warnings.warn(f"resume: {path} is damaged (its checksum differs); trying the one before", stacklevel=2)
+        return None
+
+    def clear(self) -> None:
+        """Remove all of them."""
+        for path in self._paths():
+            path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _paths(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as content:
+        while part := content.read(1 << 22):
+            found.update(part)
+    return found.hexdigest()[:16]
 
 
 def load_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read what ``save_state`` wrote.
+    """Read a file of ``Checkpoints``.
 
     Raises:
         InputError: there is no such file.
         CheckpointError: it isn't one of ours, or is damaged.
     """
     if not path.is_file():
-        raise InputError(f"resume: no file {path}; there is nothing to go on from (start without --resume)")
+        raise InputError(f"resume: no file {path}; --out must be a folder that all processes of the run can read")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load has no type of its own for a file it can't read
@@ -97,8 +103,16 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Put the global random generators back to where they were when ``state`` was saved."""
-    torch.set_rng_state(state["rng"]["cpu"].cpu())
-    if "cuda" in state["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng"]["cuda"].cpu())
+def generator_states() -> dict[str, Tensor]:
+    """Where the global random generators of this process stand."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(states: dict[str, Tensor]) -> None:
+    """Put them back to where they stood."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())

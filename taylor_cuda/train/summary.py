@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass
+class Measured:
+    """What the run has found out so far; plain values. See ``Summary``."""
+
+    base_accuracy: float = math.nan
+    cut_accuracy: float = math.nan
+    cut_difference: float = 0.0
+    cut_scale: float = 0.0
+    cuts: int = 0
+    sources_compared: bool = False
+    source_difference: float | None = None
+    source_note: str | None = None
+    estimate_spearman: float | None = None
+    magnitude_spearman: float | None = None
+    oracle_examples: int = 0
+    oracle_note: str | None = None
+    unreadable: int = 0
+    scoring_percent: float = math.nan
+    step_ms: float = math.nan
+    pruned_step_ms: float = math.nan
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,7 @@ class Summary:
         scoring_percent: what taking scores adds to a training step.
         step_ms: a training step without it, of the network as it was.
         pruned_step_ms: a training step after pruning, in the mode of the run.
+        unreadable: image files that could not be read.
     """
 
     model: str
@@ -65,6 +90,7 @@ class Summary:
     scoring_percent: float
     step_ms: float
     pruned_step_ms: float
+    unreadable: int
     seconds: float
     config: dict[str, Any]
     environment: dict[str, Any]

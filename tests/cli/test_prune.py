@@ -128,15 +128,26 @@ def interrupt_at(monkeypatch, batch, how):
     monkeypatch.setattr(TensorData, "train", train)
 
 
+def check_same_result(out, straight):
+    """Figures and every weight, bit for bit."""
+    resumed, expected = summary_of(out), summary_of(straight)
+    for key in ("widths", "base_accuracy", "cut_accuracy", "pruned_accuracy", "cuts"):
+        assert resumed[key] == expected[key]
+    values = [load(DigitsResNet(), folder / "model.safetensors").state_dict() for folder in (out, straight)]
+    assert all(torch.equal(value, values[1][name]) for name, value in values[0].items())
+
+
 @pytest.mark.parametrize(
     ("batch", "how", "stage"),
-    # 4 batches of base training, 1 to time a step with, 6 for pruning, 4 for recalibration, 1 to time, 4 at the end.
+    # 4 batches of base training, 4 for its evaluation, 1 to time a step with, 6 for pruning, 4 for its evaluation,
+    # 1 to time, 4 at the end.
     [
         (2, "raised", "base"),
-        (5, "signal", "prune"),
-        (6, "raised", "prune"),
+        (7, "signal", "base"),
         (9, "signal", "prune"),
-        (18, "signal", "finetune"),
+        (10, "raised", "prune"),
+        (14, "signal", "prune"),
+        (23, "signal", "finetune"),
     ],
 )
 def test_ctrl_c_saves_and_resume_ends_the_same(monkeypatch, capsys, tmp_path, straight, batch, how, stage):
@@ -145,21 +156,17 @@ def test_ctrl_c_saves_and_resume_ends_the_same(monkeypatch, capsys, tmp_path, st
         interrupt_at(patch, batch, how)
         assert prune(*TINY, "--out", tmp_path) == 130
     err = capsys.readouterr().err
-    assert f"interrupted in stage '{stage}'; state saved in {tmp_path / 'checkpoint.pt'}" in err
+    assert f"interrupted in stage '{stage}'; state saved in {tmp_path / 'checkpoints'}" in err
     assert f"taylor-cuda prune {' '.join(TINY)} --out {tmp_path} --resume" in err
     assert "Traceback" not in err
-    assert names(tmp_path) == ["checkpoint.pt", "log.jsonl"]
+    assert names(tmp_path) == ["checkpoints", "log.jsonl"]
     assert signal.getsignal(signal.SIGINT) is handler
     assert prune(*TINY, "--out", tmp_path, "--resume") == 0
     assert names(tmp_path) == FILES
-    resumed, expected = summary_of(tmp_path), summary_of(straight)
-    for key in ("widths", "base_accuracy", "cut_accuracy", "pruned_accuracy", "cuts"):
-        assert resumed[key] == expected[key]
-    values = [load(DigitsResNet(), folder / "model.safetensors").state_dict() for folder in (tmp_path, straight)]
-    assert all(torch.equal(value, values[1][name]) for name, value in values[0].items())
+    check_same_result(tmp_path, straight)
 
 
-@pytest.mark.parametrize(("mode", "batch"), [("compact", None), ("mask", None), ("compact", 9), ("compact", 19)])
+@pytest.mark.parametrize(("mode", "batch"), [("compact", None), ("mask", None), ("compact", 13), ("compact", 23)])
 def test_modes_end_in_the_same_network(monkeypatch, capsys, tmp_path, straight, mode, batch):
     arguments = (*TINY, "--mode", mode, "--out", tmp_path)
     if batch is not None:
@@ -198,13 +205,36 @@ def test_resume_of_another_run_is_refused(monkeypatch, capsys, tmp_path):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2, "raised")
         assert prune(*TINY, "--out", tmp_path) == 130
-    state = (tmp_path / "checkpoint.pt").read_bytes()
     capsys.readouterr()
     assert prune(*TINY, "--out", tmp_path, "--resume", "--budget", "macs=0.6") == 2
     assert "other settings: budget was {'macs': 0.5}, is {'macs': 0.6}" in capsys.readouterr().err
-    (tmp_path / "checkpoint.pt").write_bytes(state[: len(state) // 2])
-    assert prune(*TINY, "--out", tmp_path, "--resume") == 2
-    assert "checkpoint.pt is damaged" in capsys.readouterr().err
+    assert prune(*TINY, "--out", tmp_path) == 2
+    assert "holds checkpoints of a run that has not ended; go on with --resume" in capsys.readouterr().err
+    (only,) = (tmp_path / "checkpoints").iterdir()
+    only.write_bytes(only.read_bytes()[: only.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert prune(*TINY, "--out", tmp_path, "--resume") == 2
+    assert f"nothing to go on from in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_costs_no_more_than_the_time_since_the_one_before(monkeypatch, tmp_path, straight):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 14, "signal")
+        assert prune(*TINY, "--checkpoint-every", "2", "--checkpoints", "2", "--out", tmp_path) == 130
+    files = sorted((tmp_path / "checkpoints").iterdir())
+    assert [int(path.name[:8]) for path in files] == [8, 9]
+    files[1].write_bytes(b"half")
+    with pytest.warns(UserWarning, match="is damaged .*trying the one before"):
+        assert prune(*TINY, "--out", tmp_path, "--resume", "auto") == 0
+    check_same_result(tmp_path, straight)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    then = [json.loads(line)["step"] for line in (straight / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert steps == then  # what was lost stands in the log once
+
+
+def test_auto_begins_where_there_is_nothing_to_go_on_from(tmp_path, straight):
+    assert prune(*TINY, "--out", tmp_path, "--resume", "auto") == 0
+    check_same_result(tmp_path, straight)
 
 
 def test_image_folder_with_a_zoo_model(monkeypatch, tmp_path):
@@ -267,16 +297,18 @@ def test_weights_skip_base_training(capsys, tmp_path, straight):
     capsys.readouterr()
 
 
-def test_corrupt_image_ends_the_run_with_its_name(capsys, tmp_path):
+def test_a_corrupt_image_is_named_and_skipped(capsys, tmp_path):
     data = make_image_folder(tmp_path / "data", size=32)
     bad = data / "train" / "ant" / "2.jpg"
     bad.write_bytes(b"not a jpeg")
-    small = ("--batch", "4", "--image-size", "32", "--workers", "0", "--every", "1", "--steps", "1")
-    assert prune("torchvision:resnet18", "--data", data, *small, "--out", tmp_path / "out") == 2
-    err = capsys.readouterr().err
-    assert f"{bad} is not an image that can be read" in err
-    assert "Traceback" not in err
-    assert names(tmp_path / "out") == ["log.jsonl"]
+    small = ("--batch", "4", "--image-size", "32", "--workers", "0", "--every", "1", "--steps", "1", "--epochs", "1")
+    out = tmp_path / "out"
+    assert prune("timm:resnet10t", "--data", data, *small, "--measure-seconds", "0.01", "--out", out) == 0
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = [record for record in records if record["event"] == "unreadable"]
+    assert [record["path"] for record in found] == [str(bad)]
+    assert summary_of(out)["unreadable"] == 1
+    assert "1 image file could not be read and was left out" in capsys.readouterr().out
 
 
 def test_a_missing_picture_is_no_reason_to_fail(monkeypatch, capsys, tmp_path):

@@ -98,7 +98,7 @@ def test_a_sharded_model_is_refused():
         def forward(self, x: Tensor) -> Tensor:
             return self.module(x)
 
-    with pytest.raises(InputError, match="trace: model is sharded by FSDP; do this before it is sharded"):
+    with pytest.raises(InputError, match=r"trace: model is sharded by FSDP; .* train with DistributedDataParallel"):
         trace(FullyShardedDataParallel(ConvBN()), image())
     with pytest.raises(InputError, match=r"sharded by FSDP \(at 0\)"):
         trace(nn.Sequential(FullyShardedDataParallel(ConvBN())), image())

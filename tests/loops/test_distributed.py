@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,8 +20,10 @@ from torch.optim import SGD
 
 import taylor_cuda as tc
 from taylor_cuda.distributed import Replicas
-from tests.loops.loop import EXAMPLE, DictAverage, Net, batches
-from tests.ranks import check_passed, go_through, on_two_ranks
+from taylor_cuda.importance.criteria import CRITERIA
+from tests.loops.loop import EXAMPLE, WIDTHS, DictAverage, Net, batches
+from tests.loops.replicated import Run
+from tests.ranks import check_passed, on_ranks
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
 
@@ -118,6 +123,63 @@ def scores_are_those_of_the_whole_batch(rank: int) -> None:
             assert torch.equal(mine, other), (criterion, source, name)
 
 
+def one_flat_sum_a_step(rank: int) -> None:
+    """Whatever a criterion adds to the gradients' own average, it is one exchange, in fp32."""
+    for name, criterion in CRITERIA.items():
+        for source in ("parameters", "activations") if name == "taylor_fo" else ("auto",):
+            model = Net()
+            wrapper = Wrapper(model)
+            pruner = tc.Pruner(wrapper, EXAMPLE, criterion=name, source=source, ignore="conv3")
+            x, target = batches(1)[0]
+            outputs = wrapper(x)
+            with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as exchange:
+                pruner.backward(F.cross_entropy(outputs, target), outputs)
+            sent = [call.args[0] for call in exchange.call_args_list]
+            count = sum(pruner.groups.sizes().values())
+            lengths = {"taylor_fg": count, "taylor_output": count, **dict.fromkeys(SECOND_ORDER, 2 * count)}
+            if source == "activations":
+                # the readers' inputs: the stream is read by two layers
+                lengths[name] = count + WIDTHS[0]
+            assert [len(each) for each in sent] == ([lengths[name]] if name in lengths else []), name
+            assert all(each.dtype == torch.float32 for each in sent)
+            assert criterion.gradient or not sent
+
+
+def uneven_parts_count_as_their_loss_does(rank: int) -> None:
+    """The mean over ranks of mean losses weighs an example by the size of its rank's part, and so do the scores."""
+    x, target = batches(1)[0]
+    parts = [(x[:3], target[:3]), (x[3:], target[3:])]
+    for criterion in ("taylor_fo", "taylor_fg", "taylor_so"):
+        torch.manual_seed(0)
+        model = Net().double().eval()
+        whole = copy.deepcopy(model)
+        options = {"criterion": criterion, "source": "activations", "every": 100}
+        wrapper, example = Wrapper(model), EXAMPLE.double()
+        pruner, alone = tc.Pruner(wrapper, example, **options), tc.Pruner(whole, example, **options)
+        outputs, all_outputs = wrapper(parts[rank][0].double()), whole(x.double())
+        pruner.backward(F.cross_entropy(outputs, parts[rank][1]), outputs)
+        losses = [F.cross_entropy(all_outputs[:3], parts[0][1]), F.cross_entropy(all_outputs[3:], parts[1][1])]
+        alone.backward(sum(losses) / 2, all_outputs)
+        for name, score in pruner.importance.scores().items():
+            torch.testing.assert_close(score, alone.importance.scores()[name], rtol=1e-6, atol=0)
+
+
+def compiled_in_place(rank: int) -> None:
+    """The module inside the wrapper, compiled for the widths of the moment: as if it weren't."""
+    run = Run(Net)
+    compiled = replace(run, prepare=lambda net: (net.compile(backend="eager"), net)[1])
+    compiled.go(dist.group.WORLD).check(run.go())
+
+
+def compiled_otherwise_is_refused(rank: int) -> None:
+    model = Net()
+    with pytest.raises(tc.InputError, match=r"around what torch.compile returned; compile the module in place"):
+        tc.Pruner(Wrapper(torch.compile(model, backend="eager")), EXAMPLE)
+    with pytest.raises(tc.InputError, match=r"compiled by torch.compile; give the wrapper itself, model\._orig_mod"):
+        tc.Pruner(torch.compile(Wrapper(model), backend="eager"), EXAMPLE)
+    assert not model._forward_pre_hooks
+
+
 def ranks_that_would_cut_differently_raise(rank: int) -> None:
     model = Net()
     wrapper = Wrapper(model)
@@ -196,6 +258,8 @@ def resumes(rank: int) -> None:
         assert torch.equal(p, q), name
 
 
+SECOND_ORDER = {name for name, criterion in CRITERIA.items() if criterion.curvature}
+
 CASES: dict[str, Callable[[int], None]] = {
     "parameters": stays_one_model,
     "activations": lambda rank: stays_one_model(rank, source="activations"),
@@ -203,6 +267,10 @@ CASES: dict[str, Callable[[int], None]] = {
     "compact, activations": lambda rank: stays_one_model(rank, mode="compact", source="activations"),
     "mask": lambda rank: stays_one_model(rank, mode="mask"),
     "scores": scores_are_those_of_the_whole_batch,
+    "sums": one_flat_sum_a_step,
+    "uneven": uneven_parts_count_as_their_loss_does,
+    "compiled": compiled_in_place,
+    "compiled otherwise": compiled_otherwise_is_refused,
     "plans": ranks_that_would_cut_differently_raise,
     "failure": a_failure_on_one_rank_reaches_the_other,
     "wrappers": other_wrappers_are_refused,
@@ -210,14 +278,14 @@ CASES: dict[str, Callable[[int], None]] = {
 }
 
 
-def work(rank: int, folder: str) -> None:
-    go_through({name: partial(case, rank) for name, case in CASES.items()}, rank, folder)
+def cases(rank: int, _folder: Path) -> dict[str, Callable[[], None]]:
+    return {name: partial(case, rank) for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    on_two_ranks(work, folder, seconds=120)
+    on_ranks(cases, folder, seconds=120)
     return folder
 
 

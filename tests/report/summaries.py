@@ -13,7 +13,7 @@ def some_summary(**changes):
         latency_ms_before=8.0, latency_ms_after=6.0, latency_ms_batch1_before=0.5, latency_ms_batch1_after=0.4,
         widths={"conv": (32, 20), "head": (10, 10)}, cut_difference=1.5e-6, cut_scale=9.0, cuts=4,
         source_difference=2e-7, source_note=None, estimate_spearman=0.954, magnitude_spearman=0.41, oracle_examples=192,
-        oracle_note=None, scoring_percent=1.25, step_ms=20.0, pruned_step_ms=12.0, seconds=12.0,
+        oracle_note=None, scoring_percent=1.25, step_ms=20.0, pruned_step_ms=12.0, unreadable=0, seconds=12.0,
         config={"ignore": ["fc"], "mode": "cut"}, environment={"torch": "2"},
     )  # fmt: skip
     return dataclasses.replace(summary, **changes)

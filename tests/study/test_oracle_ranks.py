@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import taylor_cuda as tc
 from taylor_cuda.study.evaluate import Evaluator
 from tests.loops.loop import Net, batches
-from tests.ranks import check_passed, go_through, on_two_ranks
+from tests.ranks import check_passed, on_ranks
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
 
@@ -75,14 +75,14 @@ CASES: dict[str, Callable[[int, Path], None]] = {
 }
 
 
-def work(rank: int, folder: str) -> None:
-    go_through({name: partial(case, rank, Path(folder)) for name, case in CASES.items()}, rank, folder)
+def cases(rank: int, folder: Path) -> dict[str, Callable[[], None]]:
+    return {name: partial(case, rank, folder) for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    on_two_ranks(work, folder, seconds=60)
+    on_ranks(cases, folder, seconds=60)
     return folder
 
 

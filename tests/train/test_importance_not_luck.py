@@ -7,9 +7,11 @@ from taylor_cuda.graph import masked, trace
 from taylor_cuda.importance import Importance
 from taylor_cuda.planning import plan
 from taylor_cuda.train.data import load_data
-from taylor_cuda.train.loop import Stage, cosine, evaluate, plain_step, train_stage
+from taylor_cuda.train.loop import Stage, evaluate, train_stage
 from taylor_cuda.train.models import DigitsResNet
+from taylor_cuda.train.rates import cosine
 from taylor_cuda.train.state import Position
+from taylor_cuda.train.step import TrainingStep
 
 CPU = torch.device("cpu")
 EPOCHS, RATE = 5, 0.05
@@ -22,7 +24,7 @@ def trained(seed):
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=5e-4)
     total = EPOCHS * data.steps_per_epoch
     stage = Stage(
-        "base", EPOCHS, data.steps_per_epoch, 0, lambda step: RATE * cosine(step, total), plain_step(model, optimizer)
+        "base", EPOCHS, data.steps_per_epoch, 0, lambda step: RATE * cosine(step, total), TrainingStep(model, optimizer)
     )
     train_stage(stage, model, optimizer, data, Position("base"), CPU)
     return model, data
@@ -34,7 +36,7 @@ def loss_after_removal(model, data, criterion, seed):
     estimator = Importance(model, groups, criterion, seed=seed)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     if criterion == "taylor_fo":
-        step = plain_step(model, torch.optim.SGD(model.parameters(), lr=0.0), backward=estimator)
+        step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.0), backward=estimator)
         for images, labels in data.train(EPOCHS):
             step(images, labels)
         model.load_state_dict(state)  # running statistics of the BatchNorms moved

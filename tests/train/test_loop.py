@@ -7,16 +7,10 @@ from torch import nn
 
 from taylor_cuda.errors import InputError, TaylorError
 from taylor_cuda.train.data import TensorData
-from taylor_cuda.train.loop import (
-    Stage,
-    cosine,
-    evaluate,
-    main_output,
-    plain_step,
-    recalibrate_batch_norm,
-    train_stage,
-)
+from taylor_cuda.train.loop import Stage, evaluate, train_stage
+from taylor_cuda.train.rates import cosine
 from taylor_cuda.train.state import Position
+from taylor_cuda.train.step import TrainingStep
 
 CPU = torch.device("cpu")
 
@@ -42,52 +36,6 @@ def tensor_data(count=24, batch=8):
     return TensorData("random", tuple("abcd"), (images, labels), (images[:10], labels[:10]), batch)
 
 
-def test_recalibration_is_the_plain_average_over_batches():
-    net = norm_net().double()
-    generator = torch.Generator().manual_seed(2)
-    batches = [3.0 + torch.randn(5, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(4)]
-    assert recalibrate_batch_norm(net, [(x, torch.zeros(5)) for x in batches], limit=3) == 3
-    with torch.no_grad():
-        outputs = [net[0](x) for x in batches[:3]]
-    mean = sum(y.mean((0, 2, 3)) for y in outputs) / 3
-    variance = sum(y.var((0, 2, 3)) for y in outputs) / 3
-    torch.testing.assert_close(net[1].running_mean, mean, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(net[1].running_var, variance, rtol=1e-12, atol=1e-12)
-
-
-def test_recalibration_restores_everything_else():
-    net = norm_net()
-    net.train()
-    net[1].eval()
-    weights = {name: value.clone() for name, value in net.named_parameters()}
-    recalibrate_batch_norm(net, [torch.randn(4, 2, 4, 4)])
-    assert [module.training for module in net] == [True, False, True, True, True, True]
-    assert net[1].momentum == 0.3
-    assert all(torch.equal(weights[name], value) for name, value in net.named_parameters())
-    assert all(value.grad is None for value in net.parameters())
-
-
-def test_recalibration_without_batches_or_on_failure_keeps_the_old_statistics():
-    net = norm_net()
-    net(torch.randn(4, 2, 4, 4))
-    before = {name: value.clone() for name, value in net.named_buffers()}
-
-    def interrupted():
-        yield torch.randn(4, 2, 4, 4)
-        raise KeyboardInterrupt
-
-    for batches, error in (([], InputError), (interrupted(), KeyboardInterrupt)):
-        with pytest.raises(error):
-            recalibrate_batch_norm(net, batches)
-        assert all(torch.equal(before[name], value) for name, value in net.named_buffers())
-        assert net[1].momentum == 0.3
-        assert net.training
-
-
-def test_recalibration_of_a_model_without_batch_norm_does_nothing():
-    assert recalibrate_batch_norm(nn.Linear(2, 2), [torch.zeros(3, 2)]) == 0
-
-
 def test_evaluate_is_the_mean_over_examples_in_eval_mode():
     net, data = norm_net()[:5], tensor_data()
     net.train()
@@ -105,16 +53,8 @@ def test_evaluate_is_the_mean_over_examples_in_eval_mode():
         evaluate(net, [], CPU)
 
 
-def test_cosine_goes_from_one_to_zero():
-    assert cosine(0, 10) == 1
-    assert cosine(5, 10) == pytest.approx(0.5)
-    assert cosine(10, 10) == pytest.approx(0)
-    assert cosine(12, 10) == pytest.approx(0)
-    assert cosine(0, 0) == 1
-
-
 def stage_of(net, optimizer, epochs=2, **options):
-    return Stage("test", epochs, 3, 0, lambda step: 0.1 * cosine(step, 6), plain_step(net, optimizer), **options)
+    return Stage("test", epochs, 3, 0, lambda step: 0.1 * cosine(step, 6), TrainingStep(net, optimizer), **options)
 
 
 def test_a_stage_is_sgd_written_out():
@@ -173,12 +113,3 @@ def test_divergence_is_an_error_and_not_a_result():
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(TaylorError, match=r"training loss of epoch 1 is nan; try a smaller --lr"):
         train_stage(stage_of(net, optimizer), net, optimizer, tensor_data(), Position("test"), CPU)
-
-
-def test_main_output_finds_the_logits():
-    x = torch.zeros(2, 3)
-    output = type("Output", (), {"logits": x})()
-    for outputs in (x, output, {"logits": x}, {"out": x}, (x, torch.ones(1))):
-        assert main_output(outputs) is x
-    with pytest.raises(InputError, match="wanted logits as output"):
-        main_output("text")

@@ -1,80 +1,71 @@
-import os
-import signal
-import threading
-
 import pytest
 import torch
 
 from taylor_cuda.errors import CheckpointError, InputError
-from taylor_cuda.files import replacing
-from taylor_cuda.train.state import load_state, restore_rng, save_state, stop_between_steps
+from taylor_cuda.files import remove_remains, replacing
+from taylor_cuda.train.state import Checkpoints, generator_states, load_state, restore_generators
 
 CPU = torch.device("cpu")
 
 
-def test_first_interrupt_waits_for_the_check():
-    with stop_between_steps() as stop:
-        stop.check()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked  # still here: nothing was raised between two bytecodes of a step
-        with pytest.raises(KeyboardInterrupt):
-            stop.check()
-        stop.check()
-
-
-def test_second_interrupt_is_immediate():
-    with stop_between_steps():
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_handler_is_put_back():
-    before = signal.getsignal(signal.SIGINT)
-    with stop_between_steps():
-        assert signal.getsignal(signal.SIGINT) is not before
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_another_thread_is_left_alone():
-    seen = []
-
-    def work():
-        with stop_between_steps() as stop:
-            stop.check()
-            seen.append(True)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [True]
-
-
 def test_state_round_trip_with_generators(tmp_path):
-    path = tmp_path / "new" / "checkpoint.pt"
+    checkpoints = Checkpoints(tmp_path / "new" / "checkpoints")
     torch.manual_seed(5)
     torch.rand(3)
-    save_state(path, {"weights": torch.arange(3.0), "plain": {"a": [1, None, "x"]}})
+    state = {"weights": torch.arange(3.0), "plain": {"a": [1, None, "x"]}, "generators": [generator_states()]}
+    path = checkpoints.save(7, state)
     expected = torch.rand(4)
     torch.rand(9)
+    assert checkpoints.newest() == path
     state = load_state(path, CPU)
-    restore_rng(state)
+    restore_generators(state["generators"][0])
     assert torch.equal(torch.rand(4), expected)
     assert torch.equal(state["weights"], torch.arange(3.0))
     assert state["plain"] == {"a": [1, None, "x"]}
-    assert [entry.name for entry in path.parent.iterdir()] == ["checkpoint.pt"]
+    assert list(path.parent.iterdir()) == [path]
 
 
-def test_states_that_cannot_be_used(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    with pytest.raises(InputError, match="nothing to go on from"):
+def test_the_last_few_stay_and_can_be_cleared(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert checkpoints.newest() is None
+    paths = [checkpoints.save(step, {"step": step}) for step in (5, 100_000_000, 9)]
+    assert sorted(paths[0].parent.iterdir()) == sorted(paths[1:])
+    assert checkpoints.newest() == paths[1]
+    checkpoints.clear()
+    assert list(tmp_path.iterdir()) == []
+    checkpoints.clear()
+
+
+def test_a_damaged_one_is_passed_over_with_a_warning(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    first, second = (checkpoints.save(step, {"weights": torch.full((1000,), float(step))}) for step in (1, 2))
+    whole = second.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (b"", whole[:10], whole[: len(whole) // 2], bytes(flipped)):
+        second.write_bytes(content)
+        with pytest.warns(UserWarning, match="is damaged .*trying the one before"):
+            assert checkpoints.newest() == first
+    first.write_bytes(b"")
+    with pytest.warns(UserWarning, match="damaged"):
+        assert checkpoints.newest() is None
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".state.pt.123.tmp").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    Checkpoints(tmp_path).newest()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    remove_remains(tmp_path / "nowhere")
+
+
+def test_files_that_are_no_states(tmp_path):
+    path = tmp_path / "state.pt"
+    with pytest.raises(InputError, match=r"no file .*all processes of the run can read"):
         load_state(path, CPU)
-    save_state(path, {"weights": torch.zeros(1000)})
-    whole = path.read_bytes()
-    for size in (0, 10, len(whole) // 2):
-        path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="is damaged"):
-            load_state(path, CPU)
+    path.write_bytes(b"text")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_state(path, CPU)
     torch.save({"something": 1}, path)
     with pytest.raises(CheckpointError, match="was not written by this version"):
         load_state(path, CPU)
