@@ -49,6 +49,9 @@ def rank_of_environment() -> tuple[int, int]:
 def launched(device: str) -> Iterator[Launch]:
     """Join the other processes of ``torchrun``, and leave them at the end. Nothing to join without it.
 
+    Within another ``launched``, or a process group of the caller's, it is that group, which stays: processes can't join
+    at one address a second time.
+
     Args:
         device: see ``find_device``; under ``torchrun`` ``"auto"`` and ``"cuda"`` are the GPU of this process's number
             on its machine.
@@ -61,6 +64,9 @@ def launched(device: str) -> Iterator[Launch]:
     if ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local}"
     found = find_device(device)
+    if dist.is_initialized():
+        yield Launch(found, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+        return
     if ranks == 1:
         yield Launch(found)
         return

@@ -11,6 +11,7 @@ from taylor_cuda.bench.environment import environment
 from taylor_cuda.bench.imagenet import main, markdown, measured, point_of
 from taylor_cuda.bench.rows import RESULTS, read_rows
 from taylor_cuda.errors import TaylorError
+from taylor_cuda.train.launch import rank_of_environment
 from taylor_cuda.train.recipes import load, names
 from taylor_cuda.train.summary import Summary
 
@@ -39,7 +40,8 @@ def runs(monkeypatch):
         assert progress
         tell("a line")
         seen.append(config)
-        finish(summary())
+        if rank_of_environment()[0] == 0:
+            finish(summary())
 
     monkeypatch.setattr(imagenet, "run_pruning", run)
     return seen
