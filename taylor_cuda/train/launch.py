@@ -41,7 +41,9 @@ class Launch:
 
 
 def rank_of_environment() -> tuple[int, int]:
-    """``(rank, ranks)`` as ``torchrun`` has set them; ``(0, 1)`` without it."""
+    """``(rank, ranks)`` of the process group that there is, or as ``torchrun`` has set them; else ``(0, 1)``."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -49,8 +51,7 @@ def rank_of_environment() -> tuple[int, int]:
 def launched(device: str) -> Iterator[Launch]:
     """Join the other processes of ``torchrun``, and leave them at the end. Nothing to join without it.
 
-    Within another ``launched``, or a process group of the caller's, it is that group, which stays: processes can't join
-    at one address a second time.
+    A process group that is there already is taken as it is, and stays.
 
     Args:
         device: see ``find_device``; under ``torchrun`` ``"auto"`` and ``"cuda"`` are the GPU of this process's number
@@ -64,16 +65,16 @@ def launched(device: str) -> Iterator[Launch]:
     if ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local}"
     found = find_device(device)
-    if dist.is_initialized():
-        yield Launch(found, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-        return
     if ranks == 1:
         yield Launch(found)
         return
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=TIMEOUT)
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Launch(found, rank, ranks, dist.group.WORLD)
     finally:
-        dist.destroy_process_group()
+        if mine:
+            dist.destroy_process_group()

@@ -248,7 +248,7 @@ class Stages:
         measured.cut_difference = max(measured.cut_difference, difference)
         measured.cut_scale = max(measured.cut_scale, scale)
         measured.cuts += 1
-        session.log({"event": "prune", "cut_difference": difference, **pruner.history[-1]})
+        session.log({"event": "prune", "plan": plan.digest, "cut_difference": difference, **pruner.history[-1]})
 
     def _measure_scoring(self, pruner: Pruner) -> None:
         session = self.session

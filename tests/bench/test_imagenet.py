@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from taylor_cuda.bench import imagenet
 from taylor_cuda.bench.environment import environment
 from taylor_cuda.bench.imagenet import main, markdown, measured, point_of
 from taylor_cuda.bench.rows import RESULTS, read_rows
 from taylor_cuda.errors import TaylorError
-from taylor_cuda.train.launch import rank_of_environment
+from taylor_cuda.train.launch import Launch
 from taylor_cuda.train.recipes import load, names
 from taylor_cuda.train.summary import Summary
 
@@ -40,7 +42,7 @@ def runs(monkeypatch):
         assert progress
         tell("a line")
         seen.append(config)
-        if rank_of_environment()[0] == 0:
+        if imagenet.rank_of_environment()[0] == 0:
             finish(summary())
 
     monkeypatch.setattr(imagenet, "run_pruning", run)
@@ -198,14 +200,15 @@ def test_bad_options(tmp_path, capsys):
 
 
 def test_another_rank_writes_nothing(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert call(tmp_path, "--recipes", HEADLINE) == 0
-    assert len(runs) == 1
-    assert not (tmp_path / "results").exists()
-    monkeypatch.setenv("RANK", "0")
-    assert call(tmp_path, "--recipes", HEADLINE) == 0
+    for rank in (1, 0):
+        launch = Launch(torch.device("cpu"), rank, 2)
+        monkeypatch.setattr(imagenet, "launched", lambda device, launch=launch: nullcontext(launch))
+        monkeypatch.setattr(imagenet, "rank_of_environment", lambda rank=rank: (rank, 2))
+        assert call(tmp_path, "--recipes", HEADLINE) == 0
+        assert (tmp_path / "results").exists() == (rank == 0)
+        assert (f"{HEADLINE}: ResNet-101" in capsys.readouterr().out) == (rank == 0)
     assert [row["ranks"] for row in read_rows(tmp_path / "results")] == [2]
+    assert len(runs) == 2
 
 
 def test_the_table_in_the_tree_is_that_of_its_rows():
