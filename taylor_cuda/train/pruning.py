@@ -115,8 +115,9 @@ class Stages:
         session, every = self.session, self.config.eval_every
 
         def after_minibatch() -> None:
+            session.taken += 1
             after_step()
-            session.after_minibatch()
+            session.between_minibatches()
 
         def after_epoch(record: dict[str, object]) -> None:
             session.log(record)

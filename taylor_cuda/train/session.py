@@ -292,9 +292,8 @@ class Session:
         if self.group is None:
             self.stop.check()
 
-    def after_minibatch(self) -> None:
-        """Count it; write a checkpoint if it is time; stop here if that was asked for, on any rank."""
-        self.taken += 1
+    def between_minibatches(self) -> None:
+        """Write a checkpoint if it is time; stop here if that was asked for, on any rank."""
         every = self.config.checkpoint_every
         if every is not None and self.taken % every == 0:
             self.save()
