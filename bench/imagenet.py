@@ -26,6 +26,7 @@ from taylor_cuda.bench.environment import environment
 from taylor_cuda.bench.report import table_line
 from taylor_cuda.bench.rows import RESULTS, Row, commit_of, read_rows
 from taylor_cuda.errors import InputError, TaylorError
+from taylor_cuda.report import write_summary
 from taylor_cuda.train import RunConfig, Summary
 from taylor_cuda.train import run as run_pruning
 from taylor_cuda.train.launch import launched, rank_of_environment
@@ -145,9 +146,10 @@ def measured(summary: Summary) -> Row:
 
 
 def record(point: Point, summary: Summary, results: Path) -> None:
-    """Append the row of a run, and write the table anew unless it is a dry run."""
+    """Append the row of a run, write its summary, and the table anew unless it is a dry run."""
     row = point.row | measured(summary) | environment(summary.environment["device"])
     append([row], results)
+    write_summary(summary, point.config.out / "summary.json")
     print(f"{row['case']}: {_told(row)}", flush=True)
     if not row["dry_run"]:
         write(results)

@@ -42,6 +42,7 @@ def runs(monkeypatch):
         assert progress
         tell("a line")
         seen.append(config)
+        config.out.mkdir(parents=True, exist_ok=True)
         if imagenet.rank_of_environment()[0] == 0:
             finish(summary())
 
@@ -72,6 +73,7 @@ def test_every_recipe_gets_a_row_once(runs, tmp_path, capsys):
     assert (row["dry_run"], row["case"], row["ranks"], row["dtype"]) == (False, HEADLINE, 1, "float32")
     assert row["published"] == dataclasses.asdict(recipe.published)
     assert set(environment("cpu")) <= set(row)
+    assert json.loads((config.out / "summary.json").read_text(encoding="utf-8"))["macs_after"] == 4_712_000_000
     # On another disk and in smaller passes it is the same run, and all the others are still missing.
     assert call(tmp_path, "--data", "/elsewhere", "--batch", "32", "--workers", "8", "--no-compile") == 0
     assert f"{HEADLINE}: it has a row" in capsys.readouterr().out
@@ -169,6 +171,7 @@ def test_one_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     def run(config, *_, finish, **__):
         if config.out.name == HEADLINE:
             raise TaylorError("diverged")
+        config.out.mkdir(parents=True)
         finish(summary())
 
     monkeypatch.setattr(imagenet, "run_pruning", run)

@@ -192,6 +192,7 @@ def test_figures_are_finite():
 
 # The others of the paper differ from these in numbers only; that each of theirs can be met is shown above. With smaller
 # images or minibatches BatchNorm has too few values: an untrained network of a hundred layers overflows.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50-91", "resnet101-75", "resnet50-modern-50", "convnext_tiny-modern-60"])
 def test_dry_run(tmp_path, capsys, name):
     """The whole of a run at tiny size, with everything the recipe asks for but compiling, which takes a minute here."""
