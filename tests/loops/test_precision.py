@@ -21,6 +21,9 @@ from taylor_cuda.train.models import load_model
 
 CRITERIA = ["taylor_fo", "taylor_fg", "taylor_so"]
 STEPS = 12
+BATCH=64
+EPOCHS=3
+SCALE = 2.0**14
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +32,15 @@ def trained() -> tuple[nn.Module, list[Batch]]:
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model, data = load_model("digits").train(), load_digits(64)
+    model, data = load_model("digits").train(), load_digits(BATCH)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for epoch in range(3):
+    for epoch in range(EPOCHS):
         for x, target in data.train(epoch):
             optimizer.zero_grad()
             F.cross_entropy(model(x), target).backward()
             optimizer.step()
     torch.set_num_threads(threads)
-    return model, list(data.train(3))[:STEPS]
+    return model, list(data.train(EPOCHS))[:STEPS]
 
 
 @pytest.fixture(autouse=True)
@@ -51,26 +54,29 @@ def _one_thread(one_thread: None) -> Iterator[None]:
 def scored(
     trained: tuple[nn.Module, list[Batch]], criterion: str, dtype: torch.dtype | None = None, compiler: str = ""
 ) -> tuple[tc.Importance, tc.Plan]:
-    """One window, whose steps change nothing; fp16 overflows on the way. The scores, and half the MACs by them."""
+    """One window, whose steps change nothing and of which every fourth overflows. The scores, and a plan by them."""
     model, batches = trained
     model = copy.deepcopy(model)
     groups = tc.trace(model, batches[0][0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    half = dtype is torch.float16
-    scaler: Any = torch.amp.GradScaler("cpu", init_scale=2.0**34, backoff_factor=2.0**-6) if half else None
+    scaler: Any = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=dtype is torch.float16)
     if compiler:
         model.compile(backend=compiler)
     est = tc.Importance(model, groups, criterion)
     for i, (x, target) in enumerate(batches):
-        while est.steps <= i:
-            with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
-                outputs = model(x)
-                loss = F.cross_entropy(outputs, target)
-            est.backward(loss, outputs, scaler=scaler)
-            if scaler is not None:
-                scaler.step(optimizer)
-                scaler.update()
-            optimizer.zero_grad()
+        overflows = i % 4 == 1
+        with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
+            outputs = model(x)
+            loss = F.cross_entropy(outputs, target)
+        if overflows and scaler.is_enabled():
+            scaler.update(2.0**40)
+        elif overflows:
+            loss = loss * float("inf")
+        est.backward(loss, outputs, scaler=scaler if scaler.is_enabled() else None)
+        if scaler.is_enabled():
+            scaler.step(optimizer)
+            scaler.update(SCALE)
+        optimizer.zero_grad()
     return est, tc.plan(model, groups, est.scores(), {"macs": 0.5})
 
 
