@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from taylor_cuda.errors import InputError
+from taylor_cuda.files import flush
 
 
 class RunLog:
@@ -41,6 +42,12 @@ class RunLog:
     def size(self) -> int:
         """Bytes written so far."""
         return self._path.stat().st_size if self._path.is_file() else 0
+
+    def flushed_size(self) -> int:
+        """The same, once the disk holds them: a checkpoint must not outlive the lines it counts on."""
+        if self._path.is_file():
+            flush(self._path)
+        return self.size()
 
     def go_on(self, size: int, step: int) -> None:
         """Forget what was written after a checkpoint, in which the log had ``size`` bytes, at minibatch ``step``."""

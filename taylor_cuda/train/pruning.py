@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+from taylor_cuda.distributed import together
 from taylor_cuda.errors import InputError, TaylorError
 from taylor_cuda.graph import trace
 from taylor_cuda.pruner import Pruner
@@ -63,10 +64,10 @@ def run(
         stages = Stages(session, tell if launch.first else lambda _: None, progress and launch.first)
         with session.interruptible():
             summary = stages.run()
-            if launch.first:
-                finish(summary)
-        if launch.first:
-            session.checkpoints.clear()
+            with together("writing the reports", launch.group):
+                if launch.first:
+                    finish(summary)
+                    session.checkpoints.clear()
     return summary
 
 
@@ -121,7 +122,7 @@ class Stages:
 
         def after_epoch(record: dict[str, object]) -> None:
             session.log(record)
-            session.unreadable()
+            session.note_unreadable()
             session.check_in_sync()
             if every and session.position.epoch % every == 0 and session.position.epoch < epochs:
                 self._evaluate("validation", f"{name}: epoch {session.position.epoch}")
@@ -143,7 +144,7 @@ class Stages:
             average_statistics(model, session.group)
         with session.precision.autocast():
             quality = evaluate(model, session.val(), session.device, group=session.group)
-        session.unreadable()
+        session.note_unreadable()
         session.log({"event": event, "loss": quality.loss, "accuracy": quality.accuracy})
         self.tell(f"{before}: accuracy {quality.accuracy:.4f}")
         return quality.accuracy
@@ -311,7 +312,7 @@ class Stages:
             scoring_percent=measured.scoring_percent,
             step_ms=measured.step_ms,
             pruned_step_ms=measured.pruned_step_ms,
-            unreadable=measured.unreadable,
+            unreadable=len(measured.unreadable),
             seconds=session.seconds(),
             config=config.identity(),
             environment=environment(session.device),
