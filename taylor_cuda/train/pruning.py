@@ -138,25 +138,25 @@ class Stages:
     def _evaluate(self, event: str, before: str, trained: bool = True) -> float:
         session, config = self.session, self.config
         model = session.evaluated
-        if trained and config.recalibrate:
-            recalibrate_batch_norm(model, session.train_batches(), config.recalibrate, session.group)
-        else:
-            average_statistics(model, session.group)
         with session.precision.autocast():
+            if trained and config.recalibrate:
+                recalibrate_batch_norm(model, session.train_batches(), config.recalibrate, session.group)
+            else:
+                average_statistics(model, session.group)
             quality = evaluate(model, session.val(), session.device, group=session.group)
         session.note_unreadable()
         session.log({"event": event, "loss": quality.loss, "accuracy": quality.accuracy})
         self.tell(f"{before}: accuracy {quality.accuracy:.4f}")
         return quality.accuracy
 
-    def _schedule(self, peak: float, epochs: int, first: bool) -> Schedule:
+    def _schedule(self, peak: float, epochs: int, first: bool, kind: str = "") -> Schedule:
         """The learning rate of a number of epochs, which the run may begin with."""
         config, steps = self.config, self.session.steps
         scale = 1.0 if config.lr_per is None else self.session.global_batch / config.lr_per
         return Schedule(
             peak * scale,
             epochs * steps,
-            config.lr_schedule,
+            kind or config.lr_schedule,
             round(config.warmup_epochs * steps) if first else 0,
             config.lr_step_epochs * steps,
             config.lr_step_factor,
@@ -192,11 +192,9 @@ class Stages:
             self._measure_scoring(pruner)
         comparison = self._comparison(pruner)
         watchers = [] if comparison is None else [comparison]
-        rate: Callable[[int], float] = self._schedule_after()
-        if config.total_epochs is None:
-            peak = self._schedule(config.rate_after, 0, first=False).peak
-            rate = lambda _: peak  # noqa: E731
-        epochs = session.prune_epochs if config.total_epochs is None else config.total_epochs
+        epochs, rate = session.prune_epochs, self._schedule(config.rate_after, 0, config.base_epochs == 0, "constant")
+        if config.total_epochs is not None:
+            epochs, rate = config.total_epochs, self._schedule_after()
         try:
             with uncompiled(session.model) if config.every < COMPILE_FROM else contextlib.nullcontext():
                 self._train(
