@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from taylor_cuda.distributed import together
-from taylor_cuda.errors import InputError, TaylorError
+from taylor_cuda.errors import TaylorError
 from taylor_cuda.graph import trace
 from taylor_cuda.pruner import Pruner
 from taylor_cuda.surgery import save
@@ -57,9 +57,7 @@ def run(
     """
     with launched(config.device) as launch:
         session = Session(config, launch)
-        if not (resume and session.restore()):
-            if resume is True:
-                raise InputError(f"resume: nothing to go on from in {config.out} (start without --resume)")
+        if not session.restore(resume):
             session.begin()
         stages = Stages(session, tell if launch.first else lambda _: None, progress and launch.first)
         with session.interruptible():

@@ -12,7 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -374,20 +374,27 @@ class Session:
             if self.launch.first:
                 self.checkpoints.save(self.taken, {**state_of(self), "ranks": ranks})
 
-    def restore(self) -> bool:
+    def restore(self, resume: bool | Literal["auto"] = True) -> bool:
         """Bring every object to where the newest checkpoint that is whole left it.
 
+        Args:
+            resume: whether to; ``"auto"``: if there is one.
+
         Returns:
-            There is one.
+            It was done.
 
         Raises:
-            InputError: it belongs to a run with other settings.
+            InputError: there is none, or it belongs to a run with other settings.
             CheckpointError: it can't be read.
         """
+        if not resume:
+            return False
         if self.launch.first:
             remove_remains(self.config.out)
         path = gathered(self.checkpoints.newest() if self.launch.first else None, self.group)[0]
         if path is None:
-            return False
+            if resume == "auto":
+                return False
+            raise InputError(f"resume: there is nothing to go on from in {self.config.out} (start without --resume)")
         put_back(self, load_state(path, self.device))
         return True
