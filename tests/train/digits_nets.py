@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taylor_cuda.train.models import DigitsResNet
+
 
 class SmoothNet(nn.Module):
     """Convolutions, norms of single examples and no kinks: rounding stays rounding, on any number of ranks."""
@@ -25,3 +27,10 @@ class SmoothNet(nn.Module):
 
 def smooth() -> nn.Module:
     return SmoothNet()
+
+
+def coloured(num_classes: int = 10) -> nn.Module:
+    """``DigitsResNet`` for three colours."""
+    model = DigitsResNet(num_classes)
+    model.stem[0] = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+    return model
