@@ -127,13 +127,13 @@ def test_memory_is_what_a_step_takes_and_what_it_leaves_behind(monkeypatch):
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_what_making_a_step_takes_is_counted(monkeypatch):
     memory = install(monkeypatch)
-    start = step.TrainingStep.__init__
+    start = step.RepeatedStep.__init__
 
     def counted(self, *arguments):
         memory.hold(1000)
         start(self, *arguments)
 
-    monkeypatch.setattr(step.TrainingStep, "__init__", counted)
+    monkeypatch.setattr(step.RepeatedStep, "__init__", counted)
     race = race_of("training_step", Pretended(quick=True))
     assert [provider.built_bytes for provider in race.providers] == [1000] * 4
 
@@ -145,6 +145,7 @@ def test_two_hundred_pairs_whatever_they_take(monkeypatch):
     monkeypatch.setattr(step, "Steps", lambda *_: made)
     monkeypatch.setattr(step, "trace", lambda *_: None)
     monkeypatch.setattr(step, "make", lambda _network: None)
+    monkeypatch.setattr(step, "examples", lambda *_: None)
     race = step.build(key, "resnet50", 256, 224, Options("cuda"))
     assert (race.least, race.rounds) == (step.PAIRS, step.PAIRS)
 
@@ -159,6 +160,7 @@ def test_every_branch_of_a_run_on_a_gpu(monkeypatch, capsys):
     # What a compiled step is has tests of its own.
     chosen = [entry for entry in entries(options) if entry.key.suite != "profile" and ":compiled" not in entry.key.op]
     suites = {"scoring", "relu", "batch_norm_relu", "rank", "network", "step", "conv", "gather", "modes", "curvature"}
+    suites |= {"throughput"}
     assert {entry.key.suite for entry in chosen} == suites
     seen, kept = set(), []
     for entry in chosen:
