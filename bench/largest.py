@@ -63,8 +63,7 @@ def most_elements(model: nn.Module, one: torch.Tensor) -> int:
 def _at(bytes_left: float, per_example: float, most: int) -> int:
     if per_example <= 0:
         return most
-    batch = int(bytes_left / per_example)
-    return most if batch >= most else batch // MULTIPLE * MULTIPLE
+    return min(most, int(bytes_left / per_example) // MULTIPLE * MULTIPLE)
 
 
 def _memory() -> int:

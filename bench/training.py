@@ -58,7 +58,8 @@ class RepeatedStep:
         """Runs the backward passes in place of ``loss.backward()``."""
         self.forward = self.model
         self.gates: _Gates | None = None
-        self._start = [tensor.clone() for tensor in self._state()]
+        # On the host: what a network takes of a GPU's memory is measured, and this is no part of it.
+        self._start = [tensor.to("cpu", copy=True) for tensor in self._state()]
 
     def compiled(self) -> RepeatedStep:
         """Run the forward and backward pass compiled; a quick run leaves the code generation out, which takes long."""

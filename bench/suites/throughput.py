@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from taylor_cuda.bench.largest import largest_batch, most_elements
+from taylor_cuda.bench.largest import MULTIPLE, largest_batch, most_elements
 from taylor_cuda.bench.race import Entry, Key, Options, Provider, Race
 from taylor_cuda.bench.suites.networks import images, make
 from taylor_cuda.bench.training import RATE, RepeatedStep, allocated, examples, flat, memory_format
@@ -105,15 +105,17 @@ def training(key: Key, network: str, batch: int | None, size: int, options: Opti
     found = halved(network, size, options)
     # A sample is long enough where the batch is as large as it can be.
     calls = 4 if options.cuda and not options.quick and batch is not None else 1
-    batch = batch or _largest(found.whole, size, options)
+    says = ""
+    if batch is None:
+        batch, says = _largest(found.whole, size, options)
     before = allocated(options)
     data = examples(batch, size, options)
     # A loop has no others to share its images with.
     trained = partial(_trained, data=data, data_bytes=allocated(options) - before, options=options)
     providers = [
-        trained(WHOLE, found.whole, 1.0, f"batch {batch}, the plain step"),
-        trained(SCORED, found.whole, 1.0, f"batch {batch}, scores at each step"),
-        trained(CUT, found.cut, found.macs_ratio, f"batch {batch}, {note_of(found)}"),
+        trained(WHOLE, found.whole, 1.0, f"batch {batch}{says}, the plain step"),
+        trained(SCORED, found.whole, 1.0, f"batch {batch}{says}, scores at each step"),
+        trained(CUT, found.cut, found.macs_ratio, f"batch {batch}{says}, {note_of(found)}"),
     ]
     seconds = 9.0 if options.cuda and not options.quick else None
     return Race(key, providers, peer=WHOLE, rounds=40, seconds=seconds, calls=calls, images=batch)
@@ -168,18 +170,20 @@ def by_hand(model: nn.Module, data: tuple[Tensor, Tensor], options: Options) -> 
     return moved, (0.2 if options.cuda else 1e-3) * float((moved - start).norm())
 
 
-def _largest(model: nn.Module, size: int, options: Options) -> int:
-    """The largest batch of a plain step; no tensor of it has more elements than 32 bits count."""
+def _largest(model: nn.Module, size: int, options: Options) -> tuple[int, str]:
+    """The largest batch of a plain step, and what of it isn't for want of memory."""
+    counted = INDEXED // most_elements(copy.deepcopy(model), images(1, size))
+    most = 4 if options.quick else counted // MULTIPLE * MULTIPLE
     step = RepeatedStep(copy.deepcopy(model), examples(1, size, options), options)
     one = step.x
-    most = 4 if options.quick else INDEXED // most_elements(step.model, one)
 
     def run(batch: int) -> None:
         step.x = one.expand(batch, -1, -1, -1).clone(memory_format=memory_format(options))
         step.y = step.y[:1].expand(batch)
         step()
 
-    return largest_batch(run, most)
+    batch = largest_batch(run, most)
+    return batch, " (a larger one has more elements than 32 bits count)" if batch == most else ""
 
 
 def inference(key: Key, network: str, batch: int, size: int, options: Options) -> Race:
@@ -229,10 +233,11 @@ def _expected(found: Halved, x: Tensor, options: Options) -> dict[str, Tensor]:
 def entries(options: Options) -> list[Entry]:
     """ResNet-50 and ResNet-101 on a GPU; something small where there is none."""
     # (network, batch, size, batches of inference, priorities of: training, inference, training with the largest batch)
+    wanted: list[tuple[str, int, int, tuple[int, ...], tuple[int, int, int]]]
     if options.quick:
         wanted = [("tiny", 2, 64, (2, 1), (28, 28, 28))]
     elif options.cuda:
-        wanted = [("resnet50", 256, 224, BATCHES, (9, 9, 10)), ("resnet101", 256, 224, BATCHES, (9, 12, 12))]
+        wanted = [("resnet50", 256, 224, BATCHES, (9, 9, 12)), ("resnet101", 256, 224, BATCHES, (9, 12, 12))]
     else:
         wanted = [("resnet18", 8, 64, (8, 1), (61, 61, 61))]
     return [
@@ -249,7 +254,7 @@ def _entries(
 
     def entry(op: str, count: int | None, priority: int, seconds: float) -> Entry:
         case = f"{network} {LARGEST if count is None else f'batch {count}'} at {size}"
-        build = training if op == TRAINING else inference
+        build: Callable[..., Race] = training if op == TRAINING else inference
         made = partial(build, network=network, batch=count, size=size, options=options)
         names = (WHOLE, SCORED, CUT) if op == TRAINING else (WHOLE, CUT)
         key = Key("throughput", op, case, dtype, layout)

@@ -202,11 +202,12 @@ def test_the_largest_batch_is_trained(monkeypatch):
     race = entry.build(entry.key)
     assert batches == [2, 2, 4, 4]
     assert race.images == 4
-    assert all("batch 4," in provider.note for provider in race.providers)
+    assert all("batch 4 (a larger one has more elements" in provider.note for provider in race.providers)
     monkeypatch.setattr(throughput, "largest_batch", lambda run, most: run(3) or 3)
     batches.clear()
     race = entry.build(entry.key)
     assert (race.images, batches) == (3, [3])
+    assert all("batch 3, " in provider.note for provider in race.providers)
     race.providers[0].run(None)
     assert batches == [3, 3]
 
