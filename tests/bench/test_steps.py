@@ -16,6 +16,8 @@ from taylor_cuda.bench.profile import CLASSES, by_class
 from taylor_cuda.bench.race import Key, Options, Provider, Race
 from taylor_cuda.bench.rows import check_row
 from taylor_cuda.bench.suites import entries, step
+from taylor_cuda.bench.suites.networks import make
+from taylor_cuda.bench.training import RepeatedStep, examples
 from tests.bench.pretended import Pretended, install
 
 QUICK = Options(quick=True, seconds=0.01)
@@ -44,6 +46,16 @@ def test_every_step_moves_the_weights_as_the_plain_one(op, monkeypatch):
     for provider in race.providers:
         assert first_error(provider) <= 1
         assert provider.check(provider.run(None), 0) > 1  # the second step moves them on
+
+
+def test_gates_sum_the_squares_of_each_steps_own_gradient():
+    repeated = RepeatedStep(make("tiny"), examples(2, 64, QUICK), QUICK).gated()
+    repeated.optimizer.param_groups[0]["lr"] = 0.0
+    repeated()
+    first = torch.cat([sums.flatten() for sums in repeated.gates.window])
+    assert (first > 0).any()
+    repeated()
+    torch.testing.assert_close(torch.cat([sums.flatten() for sums in repeated.gates.window]), 2 * first)
 
 
 def test_compiled_steps_share_a_network_where_scores_leave_it_alone(monkeypatch):

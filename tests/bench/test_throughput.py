@@ -70,6 +70,18 @@ def test_every_first_step_is_compared_with_one_written_by_hand():
         assert provider.check(provider.run(None), 0) > 1  # the second step moves them on
 
 
+def test_steps_of_the_cut_network_take_its_share_of_the_macs():
+    whole, scored, cut = (counted(provider) for provider in build(throughput.TRAINING).providers)
+    assert whole == scored
+    assert cut / whole == pytest.approx(throughput.halved("tiny", 64, QUICK).macs_ratio, abs=0.05)
+
+
+def counted(provider):
+    with FlopCounterMode(display=False) as counter:
+        provider.run(None)
+    return counter.get_total_flops()
+
+
 def test_scores_are_taken_at_each_step_and_nothing_is_cut(monkeypatch):
     throughput.halved("tiny", 64, QUICK)  # whose own pruner is not meant
     made, make = [], throughput.pruner_of
