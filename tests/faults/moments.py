@@ -17,6 +17,7 @@ from tests.faults.runs import (
     checkpoints,
     damaged,
     differences,
+    kill,
     result_of,
     running,
     writing,
@@ -79,11 +80,12 @@ def kill_at(run: Run, moment: Moment, when: float, reference: Reference) -> None
         run.wait_for(lambda: begun(run.out))
         until = time.monotonic() + when * reference.lasts
         run.wait_for(lambda: time.monotonic() >= until)
+    if moment.rank is not None:
+        run.wait_for(lambda: moment.rank in run.processes().values())
+    victims = run.victims(moment.rank)
     if moment.writing:
         run.wait_for(lambda: writing(run.out), pause=0.0005)
-    elif moment.rank is not None:
-        run.wait_for(lambda: moment.rank in run.processes().values())
-    run.kill(moment.rank)
+    kill(victims)
 
 
 def go_through(arguments: tuple[str, ...], out: Path, moment: Moment, reference: Reference, ranks: int = 2) -> Result:

@@ -100,27 +100,22 @@ class Run:
         if time.monotonic() - self.started > PATIENCE:
             raise TimeoutError(f"still running after {PATIENCE:.0f} s")
 
-    def kill(self, rank: int | None = None) -> None:
-        """SIGKILL to one rank, or to everything.
+    def victims(self, rank: int | None = None) -> list[int]:
+        """The process of one rank, or all of them, those that write first.
 
         Raises:
-            EndedFirstError: there is nothing left to kill.
+            EndedFirstError: there is none left.
         """
-        victims = self.processes()
-        if rank is not None:
-            victims = {process: of for process, of in victims.items() if of == rank}
-        if not victims:
+        found = self.processes()
+        chosen = [process for process, of in found.items() if rank in (None, of)]
+        if not chosen:
             raise EndedFirstError
-        signal_all(victims, signal.SIGKILL)
-
-    def stop(self) -> None:
-        """SIGTERM to ``torchrun``, as a job's end sends it."""
-        signal_all([self._launcher.pid], signal.SIGTERM)
+        return sorted(chosen, key=lambda process: (found[process] is None, found[process]))
 
     def end(self) -> None:
         """Leave no process behind."""
         while left := self.processes():
-            signal_all(left, signal.SIGKILL)
+            kill(left)
             time.sleep(0.02)
             self._launcher.poll()
         self._launcher.wait()
@@ -130,11 +125,11 @@ class Run:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
 
-def signal_all(processes: Iterable[int], kind: signal.Signals) -> None:
-    """One signal to each of them that is still there."""
+def kill(processes: Iterable[int]) -> None:
+    """SIGKILL to each of them that is still there."""
     for process in processes:
         with suppress(ProcessLookupError):
-            os.kill(process, kind)
+            os.kill(process, signal.SIGKILL)
 
 
 @contextmanager
@@ -181,7 +176,7 @@ def damaged(out: Path, ended: bool) -> list[str]:
             read(path)
         except Exception as error:
             wrong.append(f"{name}: {type(error).__name__}: {error}")
-    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    there = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     if ended and there != RESULTS:
         wrong.append(f"the folder holds {', '.join(there)}")
     return wrong
