@@ -7,7 +7,7 @@ NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 .PHONY: prune test faults bench coverage device frontier lint clean
 
 prune: $(VENV)/built
-	$(BIN)/taylor-cuda prune
+	$(BIN)/taylor-cuda prune $(if $(wildcard runs/digits/checkpoints/*),--resume)
 
 # Two files at a time, each on one thread: two threads of two tests would wait for each other.
 test: $(VENV)/built

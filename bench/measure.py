@@ -347,6 +347,8 @@ def make_row(
         "peak_bytes": timing.checked.peak_bytes,
         "held_bytes": timing.checked.held_bytes,
         "split": None,
+        "images_per_s": _digits(race.images / median * 1e6) if race.images else None,
+        "macs_ratio": provider.macs_ratio,
         "note": provider.note,
         "quick": options.quick,
         **record,

@@ -13,6 +13,7 @@ SUITES = (
     "network",
     "step",
     "profile",
+    "throughput",
     "conv",
     "curvature",
     "gather",

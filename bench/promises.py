@@ -12,7 +12,7 @@ from taylor_cuda.bench.check import Bandwidth, Faster, FasterInSum, Memory, Prom
 from taylor_cuda.bench.predicted_conv import cases_of
 from taylor_cuda.bench.predictions import AT_HALF
 from taylor_cuda.bench.race import PACKED, Key
-from taylor_cuda.bench.suites import conv, curvature, modes, relu, step
+from taylor_cuda.bench.suites import conv, curvature, modes, relu, step, throughput
 from taylor_cuda.bench.suites.scoring import BY_SIZE, VIT_B, WIDE, gate_shapes
 
 WITHIN = 1 / 1.3
@@ -26,7 +26,7 @@ def promises(device: str) -> list[Promise]:
     """Those about ``"cpu"`` or ``"cuda"``."""
     if device == "cpu":
         return _on_a_cpu()
-    return [*_channels(), *_per_example(), *_weights(), *_steps(), *_relu(), *_convolutions(), *_modes()]
+    return [*_channels(), *_per_example(), *_weights(), *_steps(), _throughput(), *_relu(), *_convolutions(), *_modes()]
 
 
 def _on_a_cpu() -> list[Promise]:
@@ -47,6 +47,7 @@ def _on_a_cpu() -> list[Promise]:
     return [
         *found,
         _second_order(),
+        _throughput_on_a_cpu(),
         Faster(Key("network", "taylor_fo", "resnet50"), peer="torch-pruning", least=15.0),
         Takes(Key("planner", "plan", "resnet101"), most_us=50e3),
         Takes(Key("graph", "trace", "resnet50"), most_us=1000e3),
@@ -114,6 +115,17 @@ def _steps() -> list[Promise]:
         Within(key, "ours:taylor_fg", peer="torch", most=1.02),
         Memory(key, "ours:taylor_fo", peer="torch", most_bytes=MEGABYTE),
     ]
+
+
+def _throughput() -> Promise:
+    """The pruning loop's images per second beside the plain loop's."""
+    key = Key("throughput", throughput.TRAINING, throughput.ON_A_GPU, "bfloat16", "channels_last")
+    return Faster(key, throughput.SCORED, peer=throughput.WHOLE, least=0.98)
+
+
+def _throughput_on_a_cpu() -> Promise:
+    key = Key("throughput", throughput.TRAINING, throughput.ON_A_CPU, "float32", "nchw")
+    return Faster(key, throughput.SCORED, peer=throughput.WHOLE, least=0.9)
 
 
 def _second_order() -> Promise:

@@ -58,6 +58,7 @@ class Provider:
         bytes: the least it has to move, where that is not the race's figure.
         built_bytes: memory of a GPU that making it took and that it keeps.
         split: microseconds of one call by what they are spent on; taken after everybody was timed.
+        macs_ratio: multiply-accumulates of its network, as a share of those of the whole one.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Provider:
     bytes: int | None = None
     built_bytes: int = 0
     split: Callable[[], dict[str, float]] | None = None
+    macs_ratio: float | None = None
 
     @property
     def ours(self) -> bool:
@@ -114,6 +116,7 @@ class Race:
         least: rounds at least, whatever time they take; on a quick run as few as elsewhere.
         seconds: for all rounds together, where that is not the run's figure.
         calls: in one sample at least, with nobody waiting for the device between them, as in a loop.
+        images: that go through a network in one call. 0 where that says nothing.
     """
 
     key: Key
@@ -128,6 +131,7 @@ class Race:
     least: int = 0
     seconds: float | None = None
     calls: int = 1
+    images: int = 0
 
 
 @dataclass(frozen=True)

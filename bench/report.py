@@ -20,14 +20,17 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _table(device: str, suite: str, rows: list[Row]) -> str:
     mine = [row for row in rows if row["provider"].startswith("ours")]
-    mine.sort(key=lambda row: tuple(str(row.get(name)) for name in IDENTITY))
+    mine.sort(key=_identity)
     peers = list(dict.fromkeys(peer for row in mine for peer in row.get("ratios", {})))
     bandwidth = any(row["gb_per_s"] for row in mine)
     header = ["op", "case", "dtype", "layout", "provider", "timer", "median"]
     header += ["GB/s", "of copy"] if bandwidth else []
+    images = any(row.get("images_per_s") for row in mine)
+    header += IMAGES if images else []
     header += [f"vs {peer}" for peer in peers]
     lines = [f"### {suite} on {device}", "", table_line(header), table_line(["---"] * len(header))]
-    for row in mine:
+    # Images per second of the peer are what a reader looks for too.
+    for row in sorted(rows, key=_identity) if images else mine:
         cells = [
             row["op"],
             row["case"],
@@ -40,10 +43,29 @@ def _table(device: str, suite: str, rows: list[Row]) -> str:
         if bandwidth:
             rate = row["gb_per_s"]
             cells += [f"{rate:.0f}", f"{rate / row['ceiling_gb_per_s']:.0%}"] if rate else ["", ""]
+        cells += _images(row) if images else []
         cells += [_ratio(row, peer) for peer in peers]
         lines.append(table_line(cells))
     lines += ["", f"Ratios are the peer's median ÷ ours in the same run. {_runs(rows)}"]
     return "\n".join(lines)
+
+
+IMAGES = ["images/s", "of the MACs", "peak GB"]
+"""Columns of whole networks."""
+
+
+def _images(row: Row) -> list[str]:
+    rate, share = row.get("images_per_s"), row.get("macs_ratio")
+    peak, held = row.get("peak_bytes"), row.get("held_bytes")
+    return [
+        f"{rate:,.0f}" if rate else "",
+        f"{share:.3f}" if share is not None else "",
+        f"{(peak + held) * 1e-9:.2f}" if rate and peak is not None and held is not None else "",
+    ]
+
+
+def _identity(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(name)) for name in IDENTITY)
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -58,10 +80,12 @@ def _text_table(suite: str, rows: list[Row]) -> str:
     mine = [row for row in rows if row["provider"].startswith("ours")]
     peers = list(dict.fromkeys(peer for row in mine for peer in row["ratios"]))
     classes = list(dict.fromkeys(name for row in rows for name in row.get("split") or ()))
-    header = [suite, "provider", "timer", "median", "GB/s", "of copy", *(f"vs {peer}" for peer in peers), *classes]
+    header = [suite, "provider", "timer", "median", "GB/s", "of copy", *IMAGES]
+    header += [*(f"vs {peer}" for peer in peers), *classes]
     cells = []
-    # A split says something about the plain step too.
-    for row in rows if classes or not mine else mine:
+    # A split and images per second say something about the plain step too.
+    everybody = classes or not mine or any(row.get("images_per_s") for row in rows)
+    for row in rows if everybody else mine:
         rate, split = row["gb_per_s"], row.get("split") or {}
         case = " ".join((row["op"], row["case"], row["dtype"], row["layout"]))
         cells.append(
@@ -72,6 +96,7 @@ def _text_table(suite: str, rows: list[Row]) -> str:
                 _duration(row["median_us"]),
                 f"{rate:.0f}" if rate else "",
                 f"{rate / row['ceiling_gb_per_s']:.0%}" if rate else "",
+                *_images(row),
                 *(_ratio(row, peer) for peer in peers),
                 *(_duration(split[name]) if name in split else "" for name in classes),
             ]
@@ -90,9 +115,9 @@ def _ratio(row: Row, peer: str) -> str:
     ratio = row.get("ratios", {}).get(peer)
     if ratio is None:
         return ""
-    return (
-        f"{ratio:.3f}×" if row["suite"] in ("step", "profile") else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
-    )
+    if row["suite"] in ("step", "profile", "throughput"):
+        return f"{ratio:.3f}×"
+    return f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
 
 
 def _duration(microseconds: float) -> str:

@@ -49,7 +49,8 @@ KEYS: dict[str, tuple[type, ...]] = {
 # Rows have these too: the same ratio for every peer of the race, with its 95 % interval, how it was timed, how far the
 # checked result was from the reference (as a share of what was allowed), the memory a call took for itself and gave
 # back, the memory that the provider keeps (its network and optimizer, what it collects), both beyond what others hold,
-# and what the microseconds of a call are spent on.
+# what the microseconds of a call are spent on, the images of a call over its median, and the multiply-accumulates of
+# the provider's network as a share of those of the whole one.
 MORE_KEYS: dict[str, tuple[type, ...]] = {
     "ratios": (dict,),
     "intervals": (dict,),
@@ -59,6 +60,8 @@ MORE_KEYS: dict[str, tuple[type, ...]] = {
     "peak_bytes": (int, NoneType),
     "held_bytes": (int, NoneType),
     "split": (dict, NoneType),
+    "images_per_s": (float, NoneType),
+    "macs_ratio": (float, NoneType),
     "note": (str,),
     "quick": (bool,),
     "python": (str,),

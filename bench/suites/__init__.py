@@ -16,10 +16,26 @@ from taylor_cuda.bench.suites import (
     relu,
     scoring,
     step,
+    throughput,
     weights,
 )
 
-MODULES = (scoring, weights, relu, batch_norm_relu, rank, network, planner, graph, step, curvature, conv, gather, modes)
+MODULES = (
+    scoring,
+    weights,
+    relu,
+    batch_norm_relu,
+    rank,
+    network,
+    planner,
+    graph,
+    step,
+    throughput,
+    curvature,
+    conv,
+    gather,
+    modes,
+)
 
 
 def entries(options: Options) -> list[Entry]:

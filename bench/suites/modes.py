@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from taylor_cuda.bench.race import Entry, Key, Options, Provider, Race
 from taylor_cuda.bench.suites.networks import images, make
-from taylor_cuda.bench.training import TrainingStep
+from taylor_cuda.bench.training import RepeatedStep, allocated, examples
 from taylor_cuda.graph import masked, trace
 from taylor_cuda.graph.groups import Groups
 from taylor_cuda.surgery import compact, cut
@@ -44,21 +44,22 @@ class Modes:
     measured: by the same step of inputs that differ in their last bits. Four times of that is allowed, or a hundredth.
 
     Args:
-        fresh: makes a network with its optimizer, and its groups.
+        fresh: makes a network with its optimizer.
+        groups: of the network.
         options: of the run.
     """
 
-    def __init__(self, fresh: Callable[[], TrainingStep], options: Options) -> None:
-        self.fresh, self.options = fresh, options
+    def __init__(self, fresh: Callable[[], RepeatedStep], groups: Groups, options: Options) -> None:
+        self.fresh, self.groups, self.options = fresh, groups, options
         reference = self._precise()
-        self.keep = half_of(reference.groups)
+        self.keep = half_of(groups)
         start = reference.flat_parameters()
-        with masked(reference.model, reference.groups, self.keep):
+        with masked(reference.model, groups, self.keep):
             reference()
         masked_end = reference.flat_parameters()
         other = self._precise()
         other.x = other.x * (1 + torch.finfo(other.x.dtype).eps)
-        with masked(other.model, other.groups, self.keep):
+        with masked(other.model, groups, self.keep):
             other()
         self.turned = float((other.flat_parameters() - masked_end).norm())
         if self.turned > 0.05 * float((masked_end - start).norm()):
@@ -66,7 +67,7 @@ class Modes:
         begin, dense = fresh(), self._precise()
         dense()
         for step in (begin, reference):
-            cut(step.model, step.groups, self.keep, verify=False)
+            cut(step.model, self._own_groups(), self.keep, verify=False)
         self.moved = {
             "dense": (start, dense.flat_parameters()),
             "mask": (start, masked_end),
@@ -74,22 +75,25 @@ class Modes:
             "cut": (begin.flat_parameters(), reference.flat_parameters()),
         }
 
-    def _precise(self) -> TrainingStep:
+    def _own_groups(self) -> Groups:
+        return copy.deepcopy(self.groups)  # a cut changes those that it is made with
+
+    def _precise(self) -> RepeatedStep:
         step = self.fresh()
         step.precise = True
         return step
 
     def provider(self, mode: str) -> Provider:
         """The step of one mode, or the ``"dense"`` one."""
-        before = self._memory()
+        before = allocated(self.options)
         step = self._precise()
         context: Callable[[], AbstractContextManager[None]] = nullcontext
         if mode == "mask":
-            context = partial(masked, step.model, step.groups, self.keep)
+            context = partial(masked, step.model, self.groups, self.keep)
         elif mode == "cut":
-            cut(step.model, step.groups, self.keep, step.optimizer, verify=False)
+            cut(step.model, self._own_groups(), self.keep, step.optimizer, verify=False)
         elif mode == "compact":
-            compact(step.model, step.groups, self.keep)
+            compact(step.model, self._own_groups(), self.keep)
         start, moved = self.moved[mode]
         allowed = max(1e-2 * float((moved - start).norm()), 4 * self.turned)
 
@@ -100,11 +104,8 @@ class Modes:
             return error
 
         note = "all channels" if mode == "dense" else "half of every group"
-        built = self._memory() - before
+        built = allocated(self.options) - before
         return Provider(named(mode), lambda _: step(), check, note, context, built_bytes=built)
-
-    def _memory(self) -> int:
-        return torch.cuda.memory_allocated() if self.options.cuda else 0
 
 
 def named(mode: str) -> str:
@@ -122,14 +123,14 @@ def keep_all(model: nn.Module) -> None:
 def build(key: Key, network: str, batch: int, size: int, options: Options) -> Race:
     """The race of whole steps."""
     groups = trace(make(network), images(1, size))
+    data = examples(batch, size, options)
 
-    def fresh() -> TrainingStep:
-        # A cut changes the groups that it is made with.
-        step = TrainingStep(network, batch, size, options, copy.deepcopy(groups))
+    def fresh() -> RepeatedStep:
+        step = RepeatedStep(make(network), data, options)
         keep_all(step.model)
         return step
 
-    modes = Modes(fresh, options)
+    modes = Modes(fresh, groups, options)
     providers = [modes.provider(mode) for mode in MODES]
     seconds = None if options.quick else 20.0 if options.cuda else 8.0
     # No loop waits for the device after every step.

@@ -12,8 +12,9 @@ from torch import Tensor
 from taylor_cuda.bench.profile import split
 from taylor_cuda.bench.race import Entry, Key, Options, Provider, Race
 from taylor_cuda.bench.suites.networks import images, make
-from taylor_cuda.bench.training import TrainingStep
+from taylor_cuda.bench.training import RepeatedStep, allocated, examples
 from taylor_cuda.graph import trace
+from taylor_cuda.graph.groups import Groups
 from taylor_cuda.importance import Importance
 
 PAIRS = 200
@@ -50,11 +51,12 @@ class Steps:
     Args:
         key: of the race.
         fresh: makes a network with its optimizer.
+        groups: of the network.
         options: of the run.
     """
 
-    def __init__(self, key: Key, fresh: Callable[[], TrainingStep], options: Options) -> None:
-        self.key, self.fresh, self.options = key, fresh, options
+    def __init__(self, key: Key, fresh: Callable[[], RepeatedStep], groups: Groups, options: Options) -> None:
+        self.key, self.fresh, self.groups, self.options = key, fresh, groups, options
         self.compiled = ":compiled" in key.op
         # Also makes what libraries allocate once, which would otherwise count as the first provider's.
         reference = fresh()
@@ -62,11 +64,11 @@ class Steps:
         reference()
         self.moved = reference.flat_parameters()
         self.allowed = (0.2 if options.cuda else 1e-3) * float((self.moved - start).norm())
-        self.shared: TrainingStep | None = None
+        self.shared: RepeatedStep | None = None
 
     def provider(self, criterion: str | None) -> Provider:
         """The plain step, or one that is scored by ``criterion``."""
-        before = self._memory()
+        before = allocated(self.options)
         step, estimator = self._made(criterion)
         run = partial(step, estimator)
 
@@ -85,29 +87,26 @@ class Steps:
             check,
             notes.get(criterion, ""),
             context=_restarting_once(step),
-            built_bytes=self._memory() - before,
+            built_bytes=allocated(self.options) - before,
             split=partial(split, run, self.options) if self.key.suite == "profile" else None,
         )
 
-    def _made(self, criterion: str | None) -> tuple[TrainingStep, Importance | None]:
+    def _made(self, criterion: str | None) -> tuple[RepeatedStep, Importance | None]:
         apart = not self.compiled or criterion in ACTIVATIONS
         # Compiling takes a minute, and scores from parameters leave what is compiled alone.
         step = self.fresh() if apart or self.shared is None else self.shared
         if criterion == GATES:
             step.gated()
         plain = criterion is None or criterion == GATES
-        estimator = None if plain else Importance(step.model, step.groups, str(criterion))
+        estimator = None if plain else Importance(step.model, self.groups, str(criterion))
         if self.compiled and step is not self.shared:
             step.compiled()
         if not apart:
             self.shared = step
         return step, estimator
 
-    def _memory(self) -> int:
-        return torch.cuda.memory_allocated() if self.options.cuda else 0
 
-
-def _restarting_once(step: TrainingStep) -> Callable[[], AbstractContextManager[None]]:
+def _restarting_once(step: RepeatedStep) -> Callable[[], AbstractContextManager[None]]:
     """A context that restarts the network the first time it is entered: the first step is the one that is checked."""
     waiting = [step]
 
@@ -123,7 +122,8 @@ def _restarting_once(step: TrainingStep) -> Callable[[], AbstractContextManager[
 def build(key: Key, network: str, batch: int, size: int, options: Options) -> Race:
     """The race of whole steps."""
     groups = trace(make(network), images(1, size))
-    steps = Steps(key, partial(TrainingStep, network, batch, size, options, groups), options)
+    data = examples(batch, size, options)
+    steps = Steps(key, lambda: RepeatedStep(make(network), data, options), groups, options)
     providers = [steps.provider(criterion) for criterion in (None, *CRITERIA[key.op])]
     peer = providers[0].name
     if key.suite == "profile":

@@ -23,7 +23,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path, tensorboard: bool = False) -> None:
-        self._path, self._writer = path, None
+        self._path, self._board, self._writer = path, path.with_name("tensorboard"), None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -35,9 +35,11 @@ class RunLog:
         self._open: Any = None
 
     def begin(self) -> None:
-        """An empty file."""
+        """An empty file, and no events for TensorBoard."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)
+        for events in self._board.glob("events.out.tfevents.*"):  # of an earlier run, as the log was
+            events.unlink()
 
     def size(self) -> int:
         """Bytes written so far."""
@@ -54,7 +56,7 @@ class RunLog:
         if self.size() > size:
             os.truncate(self._path, size)
         if self._writer is not None:
-            self._open = self._writer(str(self._path.parent / "tensorboard"), purge_step=step + 1)
+            self._open = self._writer(str(self._board), purge_step=step + 1)
 
     def write(self, record: dict[str, Any], step: int) -> None:
         """Append one event, as of minibatch ``step``."""
@@ -63,7 +65,7 @@ class RunLog:
         if self._writer is None:
             return
         if self._open is None:
-            self._open = self._writer(str(self._path.parent / "tensorboard"))
+            self._open = self._writer(str(self._board))
         for key, value in record.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._open.add_scalar(f"{record.get('stage', record['event'])}/{key}", value, step)

@@ -12,7 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,6 @@ class Session:
         self.teacher: nn.Module | None = None
         self.pruner: Pruner | None = None
         self.stop = StopRequest()
-        self._told: set[str] = set()
         if self.launch.rank:
             torch.manual_seed(config.seed + self.launch.rank)  # what is random in training differs over ranks
 
@@ -322,14 +321,14 @@ class Session:
             other = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
             raise TaylorError(f"ranks {other} no longer have the parameters of rank 0; go on from a checkpoint")
 
-    def unreadable(self) -> None:
+    def note_unreadable(self) -> None:
         """Log the files that could not be read since the last time, on any rank."""
-        fresh = {path: why for path, why in self.data.unreadable.items() if path not in self._told}
-        self._told.update(fresh)
+        known = self.measured.unreadable
+        fresh = {path: why for path, why in self.data.unreadable.items() if path not in known}
         for found in gathered(fresh, self.group):
-            for path, why in found.items():
-                self.measured.unreadable += 1
-                self.log({"event": "unreadable", "path": path, "reason": why})
+            for path in found.keys() - known.keys():
+                known[path] = found[path]
+                self.log({"event": "unreadable", "path": path, "reason": found[path]})
 
     def costs(self, pruner: Pruner) -> tuple[Cost, Cost]:
         """What the model cost as it was made, and what it costs now."""
@@ -375,20 +374,27 @@ class Session:
             if self.launch.first:
                 self.checkpoints.save(self.taken, {**state_of(self), "ranks": ranks})
 
-    def restore(self) -> bool:
+    def restore(self, resume: bool | Literal["auto"] = True) -> bool:
         """Bring every object to where the newest checkpoint that is whole left it.
 
+        Args:
+            resume: whether to; ``"auto"``: if there is one.
+
         Returns:
-            There is one.
+            It was done.
 
         Raises:
-            InputError: it belongs to a run with other settings.
+            InputError: there is none, or it belongs to a run with other settings.
             CheckpointError: it can't be read.
         """
+        if not resume:
+            return False
         if self.launch.first:
             remove_remains(self.config.out)
         path = gathered(self.checkpoints.newest() if self.launch.first else None, self.group)[0]
         if path is None:
-            return False
+            if resume == "auto":
+                return False
+            raise InputError(f"resume: there is nothing to go on from in {self.config.out} (start without --resume)")
         put_back(self, load_state(path, self.device))
         return True

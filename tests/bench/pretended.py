@@ -48,7 +48,7 @@ class Memory:
     """Bytes as a test wants them."""
 
     def __init__(self):
-        self.held, self.peak = 0, 0
+        self.held, self.peak, self.free = 0, 0, 0
 
     def reset(self):
         self.peak = self.held
@@ -73,6 +73,8 @@ def install(monkeypatch):
         "current_stream": Stream,
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
+        "mem_get_info": lambda: (memory.free, memory.free),
+        "memory_reserved": lambda: memory.held,
         "memory_allocated": lambda: memory.held,
         "max_memory_allocated": lambda: memory.peak,
         "reset_peak_memory_stats": memory.reset,

@@ -16,6 +16,8 @@ from taylor_cuda.bench.profile import CLASSES, by_class
 from taylor_cuda.bench.race import Key, Options, Provider, Race
 from taylor_cuda.bench.rows import check_row
 from taylor_cuda.bench.suites import entries, step
+from taylor_cuda.bench.suites.networks import make
+from taylor_cuda.bench.training import RepeatedStep, examples
 from tests.bench.pretended import Pretended, install
 
 QUICK = Options(quick=True, seconds=0.01)
@@ -44,6 +46,16 @@ def test_every_step_moves_the_weights_as_the_plain_one(op, monkeypatch):
     for provider in race.providers:
         assert first_error(provider) <= 1
         assert provider.check(provider.run(None), 0) > 1  # the second step moves them on
+
+
+def test_gates_sum_the_squares_of_each_steps_own_gradient():
+    repeated = RepeatedStep(make("tiny"), examples(2, 64, QUICK), QUICK).gated()
+    repeated.optimizer.param_groups[0]["lr"] = 0.0
+    repeated()
+    first = torch.cat([sums.flatten() for sums in repeated.gates.window])
+    assert (first > 0).any()
+    repeated()
+    torch.testing.assert_close(torch.cat([sums.flatten() for sums in repeated.gates.window]), 2 * first)
 
 
 def test_compiled_steps_share_a_network_where_scores_leave_it_alone(monkeypatch):
@@ -127,13 +139,13 @@ def test_memory_is_what_a_step_takes_and_what_it_leaves_behind(monkeypatch):
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_what_making_a_step_takes_is_counted(monkeypatch):
     memory = install(monkeypatch)
-    start = step.TrainingStep.__init__
+    start = step.RepeatedStep.__init__
 
     def counted(self, *arguments):
         memory.hold(1000)
         start(self, *arguments)
 
-    monkeypatch.setattr(step.TrainingStep, "__init__", counted)
+    monkeypatch.setattr(step.RepeatedStep, "__init__", counted)
     race = race_of("training_step", Pretended(quick=True))
     assert [provider.built_bytes for provider in race.providers] == [1000] * 4
 
@@ -145,6 +157,7 @@ def test_two_hundred_pairs_whatever_they_take(monkeypatch):
     monkeypatch.setattr(step, "Steps", lambda *_: made)
     monkeypatch.setattr(step, "trace", lambda *_: None)
     monkeypatch.setattr(step, "make", lambda _network: None)
+    monkeypatch.setattr(step, "examples", lambda *_: None)
     race = step.build(key, "resnet50", 256, 224, Options("cuda"))
     assert (race.least, race.rounds) == (step.PAIRS, step.PAIRS)
 
@@ -159,6 +172,7 @@ def test_every_branch_of_a_run_on_a_gpu(monkeypatch, capsys):
     # What a compiled step is has tests of its own.
     chosen = [entry for entry in entries(options) if entry.key.suite != "profile" and ":compiled" not in entry.key.op]
     suites = {"scoring", "relu", "batch_norm_relu", "rank", "network", "step", "conv", "gather", "modes", "curvature"}
+    suites |= {"throughput"}
     assert {entry.key.suite for entry in chosen} == suites
     seen, kept = set(), []
     for entry in chosen:

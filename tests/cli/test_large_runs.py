@@ -91,6 +91,16 @@ def test_pruning_within_one_schedule_ends_its_epoch_in_fine_tuning(tmp_path):
     assert macs["macs_after"] <= 0.5 * macs["macs_before"]
 
 
+def test_a_run_that_begins_with_pruning_warms_up_there(tmp_path):
+    small = ("--epochs", "0", "--finetune-epochs", "1", "--lr", "0.01", "--finetune-lr", "0.01", "--lr-per", "32")
+    assert prune(*TINY, *small, "--batch", "64", "--warmup-epochs", "2", "--steps-limit", "5", "--out", tmp_path) == 0
+    epochs = [record for record in records_of(tmp_path) if record["event"] == "epoch"]
+    assert [record["stage"] for record in epochs] == ["prune", "prune", "finetune"]
+    # twice 0.01, reached after ten minibatches, of which pruning takes six; then half a cosine from all of it
+    last = 0.5 * (1 + math.cos(0.8 * math.pi))
+    assert [record["lr"] for record in epochs] == pytest.approx([0.02 * 5 / 10, 0.02 * 6 / 10, 0.02 * last])
+
+
 def test_too_few_epochs_for_the_prune_steps_are_refused(capsys, tmp_path):
     assert prune(*TINY, "--total-epochs", "1", "--out", tmp_path) == 2
     assert "total_epochs: wanted enough for 3 prune steps every 2 of 4 minibatches an epoch" in capsys.readouterr().err

@@ -214,7 +214,7 @@ def test_resume_of_another_run_is_refused(monkeypatch, capsys, tmp_path):
     only.write_bytes(only.read_bytes()[: only.stat().st_size // 2])
     with pytest.warns(UserWarning, match="is damaged"):
         assert prune(*TINY, "--out", tmp_path, "--resume") == 2
-    assert f"nothing to go on from in {tmp_path}" in capsys.readouterr().err
+    assert f"there is nothing to go on from in {tmp_path}" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_costs_no_more_than_the_time_since_the_one_before(monkeypatch, tmp_path, straight):
