@@ -50,7 +50,7 @@ def rank_of_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def fresh_store(store: dist.Store, rank: int, ranks: int) -> dist.Store:
+def fresh_store(store: Any, rank: int, ranks: int) -> Any:
     """A part of a store that no processes have written to but those that are here now.
 
     ``torchrun --max-restarts`` gives ranks that it starts anew the store of those before: some would find the addresses
@@ -59,7 +59,7 @@ def fresh_store(store: dist.Store, rank: int, ranks: int) -> dist.Store:
     is alive can answer a name that was made up just now.
 
     Args:
-        store: the same for all ranks.
+        store: a ``torch.distributed.Store``, the same for all ranks.
         rank: of this process.
         ranks: how many there are.
 
@@ -79,7 +79,7 @@ def fresh_store(store: dist.Store, rank: int, ranks: int) -> dist.Store:
         else:
             store.set(f"{part}/{rank}", me)
         if store.check([present]) and me in store.get(present).decode().split():
-            return dist.PrefixStore(part, store)
+            return dist.PrefixStore(part, store)  # type: ignore[attr-defined]
         time.sleep(0.02)
     raise TaylorError(f"launch: not all {ranks} ranks came within {TIMEOUT}")
 
@@ -109,7 +109,9 @@ def launched(device: str) -> Iterator[Launch]:
         torch.cuda.set_device(found)
     mine = not dist.is_initialized()
     if mine:
-        store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        from torch.distributed.rendezvous import rendezvous  # not there in a torch without distributed
+
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
         backend = "nccl" if found.type == "cuda" else "gloo"
         store = fresh_store(store, rank, ranks)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
