@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -30,12 +30,19 @@ class Launch:
         rank: its number; 0 writes and prints.
         ranks: how many there are.
         group: all of them, for ``torch.distributed``; ``None`` where there is one.
+        parent: the process that started this one.
     """
 
     device: torch.device
     rank: int = 0
     ranks: int = 1
     group: Any = None
+    parent: int = field(default_factory=os.getppid)
+
+    @property
+    def abandoned(self) -> bool:
+        """``torchrun`` is gone: nobody would end this process, and somebody may start the run again beside it."""
+        return self.group is not None and os.getppid() != self.parent
 
     @property
     def first(self) -> bool:
@@ -96,6 +103,7 @@ def launched(device: str) -> Iterator[Launch]:
 
     Raises:
         InputError: there is no such device.
+        TaylorError: not all ranks came.
     """
     rank, ranks = rank_of_environment()
     local = int(os.environ.get("LOCAL_RANK", 0))

@@ -299,7 +299,7 @@ class Session:
         if self.group is None:
             self.stop.check()
         elif self.taken % ASK_EVERY == 0:
-            asked = total(torch.tensor(float(self.stop.asked), device=self.device), self.group)
+            asked = total(torch.tensor(float(self.stop.asked or self.launch.abandoned), device=self.device), self.group)
             if asked > 0:
                 raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""SIGTERM to one of two ranks: both stop after the same minibatch, save, and go on to the same end."""
+"""One of two ranks is told to stop: both stop after the same minibatch, save, and go on to the same end."""
 
 from __future__ import annotations
 
@@ -27,19 +27,27 @@ ARGUMENTS = (
     *("prune", "--epochs", "1", "--steps-limit", "4", "--every", "2", "--steps", "2", "--batch", "8", "--ema", "0.5"),
     *("--measure-seconds", "0.01", "--oracle", "0", "--recalibrate", "0", "--mixup", "0.3"),
 )
-STOPS = {"at the end of an epoch": (4, 0), "at a cut": (6, 1), "in fine-tuning": (10, 1), "by both": (3, None)}
-"""Minibatches taken, and the rank that is told."""
+STOPS = {
+    "at the end of an epoch": (4, 0, "told"),
+    "at a cut": (6, 1, "told"),
+    "in fine-tuning": (10, 1, "told"),
+    "both": (3, None, "told"),
+    "torchrun is gone": (2, 1, "abandoned"),
+}
+"""Minibatches taken, the rank that stops the run, and why it does."""
 
 
 @contextmanager
-def told_to_stop(batch: int):
-    """SIGTERM, and a Ctrl-C upon it, while the ``batch``-th minibatch is made."""
-    original, seen = TensorData.train, []
+def stopped_at(batch: int, why: str):
+    """SIGTERM and a Ctrl-C upon it, or the end of the parent, while the ``batch``-th minibatch is made."""
+    original, parent, seen = TensorData.train, os.getppid, []
 
     def train(self, epoch, start=0):
         for item in original(self, epoch, start):
             seen.append(1)
-            if len(seen) == batch:
+            if len(seen) == batch and why == "abandoned":
+                os.getppid = lambda: 1
+            elif len(seen) == batch:
                 os.kill(os.getpid(), signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGINT)
             yield item
@@ -48,7 +56,7 @@ def told_to_stop(batch: int):
     try:
         yield
     finally:
-        TensorData.train = original
+        TensorData.train, os.getppid = original, parent
 
 
 def results_of(out: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
@@ -57,10 +65,10 @@ def results_of(out: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
     return plans, load(DigitsResNet(), out / "model.safetensors").state_dict()
 
 
-def stop_and_go_on(taken: int, who: int | None, rank: int, folder: Path) -> None:
+def stop_and_go_on(taken: int, who: int | None, why: str, rank: int, folder: Path) -> None:
     out = folder / f"{taken}-{who}"
     arguments = [*ARGUMENTS, "--out", str(out)]
-    with told_to_stop(taken if who in (rank, None) else 0):
+    with stopped_at(taken if who in (rank, None) else 0, why):
         assert main(arguments) == 130
     dist.barrier()
     assert max(path.name[:8] for path in (out / "checkpoints").iterdir()) == f"{taken:08}"
@@ -80,7 +88,7 @@ def straight(folder: Path) -> None:
 
 def cases(rank: int, folder: Path) -> dict[str, Callable[[], None]]:
     session.ASK_EVERY = 1
-    found = {name: partial(stop_and_go_on, taken, who, rank, folder) for name, (taken, who) in STOPS.items()}
+    found = {name: partial(stop_and_go_on, *stop, rank, folder) for name, stop in STOPS.items()}
     return {"straight": partial(straight, folder), **found}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.runs import (
+    SUMMARY,
     EndedFirstError,
     Result,
     Run,
@@ -40,6 +41,7 @@ class Moment:
     Attributes:
         when: share of the time that the run takes from when its log begins; below 0: of the time before.
         rank: the one that is killed, which ``torchrun`` replaces; ``None``: all processes at once.
+        launcher: only ``torchrun`` itself is killed; the ranks then have to end by themselves.
         writing: wait from then for the next moment in which a checkpoint is being written.
         again: when the resumed run is killed in its turn.
         cut: share of the newest checkpoint that is left of it after the kill.
@@ -48,6 +50,7 @@ class Moment:
 
     when: float
     rank: int | None = None
+    launcher: bool = False
     writing: bool = False
     again: float | None = None
     cut: float | None = None
@@ -56,7 +59,7 @@ class Moment:
     @property
     def how(self) -> str:
         """For the table."""
-        who = "all" if self.rank is None else f"rank {self.rank}"
+        who = "torchrun" if self.launcher else "all" if self.rank is None else f"rank {self.rank}"
         return who + (" in a write" if self.writing else " twice" if self.again is not None else "")
 
 
@@ -82,7 +85,7 @@ def kill_at(run: Run, moment: Moment, when: float, reference: Reference) -> None
         run.wait_for(lambda: time.monotonic() >= until)
     if moment.rank is not None:
         run.wait_for(lambda: moment.rank in run.processes().values())
-    victims = run.victims(moment.rank)
+    victims = run.victims(moment.rank, moment.launcher)
     if moment.writing:
         run.wait_for(lambda: writing(run.out), pause=0.0005)
     kill(victims)
@@ -104,6 +107,8 @@ def go_through(arguments: tuple[str, ...], out: Path, moment: Moment, reference:
     else:
         with running(arguments, out, ranks) as run:
             kill_at(run, moment, moment.when, reference)
+            if moment.launcher:
+                run.wait_for_ranks()
         check_what_is_left(out, moment)
         if moment.again is not None:
             with running(arguments, out, ranks) as run:
@@ -129,7 +134,8 @@ def check_what_is_left(out: Path, moment: Moment) -> None:
 def from_where(out: Path) -> str:
     """The minibatch after which it goes on, and whether there is a file half written."""
     there = checkpoints(out)
-    where = f"from {int(there[0].name[:8])}" if there else "from the start"
+    nothing_left = "it had ended" if (out / SUMMARY).is_file() else "from the start"
+    where = f"from {int(there[0].name[:8])}" if there else nothing_left
     return f"{where}, half a file beside it" if writing(out) else where
 
 
@@ -146,7 +152,7 @@ def moments_of(count: int, ranks: int, seed: int) -> list[Moment]:
     """Spread over the whole run, and of every kind: a random one in each of ``count`` equal stretches of time."""
     choose = random.Random(seed)
     kinds = itertools.cycle(
-        ("all", "all in a write", "rank", "all twice", "all", "rank in a write", "all, cut", "rank")
+        ("all", "all in a write", "rank", "all twice", "torchrun", "rank in a write", "all, cut", "all", "rank")
     )
     found = []
     for number, kind in zip(range(count), kinds, strict=False):
@@ -154,10 +160,11 @@ def moments_of(count: int, ranks: int, seed: int) -> list[Moment]:
         found.append(
             Moment(
                 when,
-                choose.randrange(ranks) if kind.startswith("rank") else None,
-                kind.endswith("write"),
-                choose.random() * (1 - max(0, when)) if kind == "all twice" else None,
-                choose.random() if kind == "all, cut" else None,
+                rank=choose.randrange(ranks) if kind.startswith("rank") else None,
+                launcher=kind == "torchrun",
+                writing=kind.endswith("write"),
+                again=choose.random() * (1 - max(0, when)) if kind == "all twice" else None,
+                cut=choose.random() if kind == "all, cut" else None,
             )
         )
     return found

@@ -30,7 +30,7 @@ MARK = "TAYLOR_CUDA_FAULTS"
 """A variable in the environment of all processes of a run, by which they are found, whoever started them."""
 SUMMARY, PICTURE = "summary.json", "widths.svg"
 RESULTS = [LOG, MODEL, SUMMARY, PICTURE]
-PATIENCE = 600.0
+PATIENCE = 300.0
 """Seconds after which a run is taken to hang."""
 
 
@@ -100,17 +100,23 @@ class Run:
         if time.monotonic() - self.started > PATIENCE:
             raise TimeoutError(f"still running after {PATIENCE:.0f} s")
 
-    def victims(self, rank: int | None = None) -> list[int]:
-        """The process of one rank, or all of them, those that write first.
+    def victims(self, rank: int | None = None, launcher: bool = False) -> list[int]:
+        """The process of one rank, or ``torchrun`` alone, or all of them, those that write first.
 
         Raises:
             EndedFirstError: there is none left.
         """
         found = self.processes()
-        chosen = [process for process, of in found.items() if rank in (None, of)]
+        chosen = [process for process, of in found.items() if (of is None if launcher else rank in (None, of))]
         if not chosen:
             raise EndedFirstError
         return sorted(chosen, key=lambda process: (found[process] is None, found[process]))
+
+    def wait_for_ranks(self) -> None:
+        """Until the last of them has ended by itself."""
+        while any(rank is not None for rank in self.processes().values()):
+            self._check_patience()
+            time.sleep(0.05)
 
     def end(self) -> None:
         """Leave no process behind."""
