@@ -35,9 +35,14 @@ def test_a_compiled_network_runs_as_written_for_a_while():
 def test_eval_mode_is_put_back_module_by_module():
     model = nn.Sequential(nn.Dropout(), nn.Dropout())
     model[1].eval()
-    with pytest.raises(ZeroDivisionError), eval_mode(model):
-        assert not model[0].training
-        raise ZeroDivisionError
+
+    def fails():
+        with eval_mode(model):
+            assert not model[0].training
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert [module.training for module in model] == [True, False]
 
 
