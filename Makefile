@@ -4,14 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: prune test bench coverage device frontier lint clean
+.PHONY: prune test faults bench coverage device frontier lint clean
 
 prune: $(VENV)/built
-	$(BIN)/taylor-cuda prune
+	$(BIN)/taylor-cuda prune $(if $(wildcard runs/digits/checkpoints/*),--resume)
 
 # Two files at a time, each on one thread: two threads of two tests would wait for each other.
 test: $(VENV)/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A run of two ranks, killed at twenty moments: each goes on to the same end.
+faults: $(VENV)/built
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 lint: $(VENV)/built
 	$(BIN)/python -m pip install --quiet clang-format

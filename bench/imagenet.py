@@ -26,19 +26,14 @@ from taylor_cuda.bench.environment import environment
 from taylor_cuda.bench.report import table_line
 from taylor_cuda.bench.rows import RESULTS, Row, commit_of, read_rows
 from taylor_cuda.errors import InputError, TaylorError
+from taylor_cuda.report import write_summary
 from taylor_cuda.train import RunConfig, Summary
 from taylor_cuda.train import run as run_pruning
+from taylor_cuda.train.launch import launched, rank_of_environment
 from taylor_cuda.train.recipes import Figures, Recipe, load, names
-from taylor_cuda.train.state import RunInterruptedError
+from taylor_cuda.train.stopping import RunInterruptedError
 
 SUITE = "imagenet"
-
-
-def rank_of_environment():
-    import os
-
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
 
 MACHINE = ("data", "batch", "workers", "device", "compile")
 """Options that say how a recipe is run here, and leave it that recipe."""
@@ -67,35 +62,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(asked: argparse.Namespace) -> int:
     """Run what the options say."""
-    first = rank_of_environment()[0] == 0
-    recipes = [load(name) for name in asked.recipes or names()]
-    given = {key: value for key, value in vars(asked).items() if key in (*MACHINE, *TRIAL)}
-    # read once: all ranks have to skip the same recipes, and the first writes rows while the others go on
-    stored = [] if asked.table else read_rows(asked.results)
-    failed = 0
-    for recipe in () if asked.table else recipes:
-        point = point_of(recipe, given, asked.work)
-        if finished(stored, point.row):
-            _say(first, f"{recipe.name}: it has a row")
-            continue
-        _say(first, f"{recipe.name}: {recipe.title}" + (", a dry run" if point.row["dry_run"] else ""))
-        try:
-            # the row is written before the run counts as finished: killed in between, it is measured again, not lost
-            run_pruning(
-                point.config,
-                "auto",
-                tell=lambda line: print(f"  {line}", flush=True),
-                finish=lambda summary, point=point: record(point, summary, asked.results) if first else None,
-                progress=True,
-            )
-        except RunInterruptedError:
-            raise
-        except TaylorError as error:
-            print(f"{recipe.name} FAILED: {error}", file=sys.stderr)
-            failed += 1
-    if asked.table and first:
+    if asked.table:
         write(asked.results)
-    return 1 if failed else 0
+        return 0
+    given = {key: value for key, value in vars(asked).items() if key in (*MACHINE, *TRIAL)}
+    points = [point_of(load(name), given, asked.work) for name in asked.recipes or names()]
+    # one group of processes for all runs, and rows read once: every rank has to skip the same recipes
+    with launched(given.get("device", "auto")) as launch:
+        stored = read_rows(asked.results)
+        return 1 if sum(not _run(point, stored, asked.results, launch.first) for point in points) else 0
+
+
+def _run(point: Point, stored: Sequence[Row], results: Path, first: bool) -> bool:
+    """Run one recipe unless it has a row; whether it went well."""
+    name, dry = point.row["case"], ", a dry run" if point.row["dry_run"] else ""
+    has_row = finished(stored, point.row)
+    if first:
+        print(f"{name}: {'it has a row' if has_row else load(name).title}{dry}", flush=True)
+    if has_row:
+        return True
+    try:
+        run_pruning(
+            point.config,
+            "auto",
+            tell=lambda line: print(f"  {line}", flush=True),
+            finish=lambda summary: record(point, summary, results),
+            progress=True,
+        )
+    except RunInterruptedError:
+        raise
+    except TaylorError as error:
+        print(f"{name} FAILED: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +146,10 @@ def measured(summary: Summary) -> Row:
 
 
 def record(point: Point, summary: Summary, results: Path) -> None:
-    """Append the row of a run, and write the table anew unless it is a dry run."""
+    """Append the row of a run, write its summary, and the table anew unless it is a dry run."""
     row = point.row | measured(summary) | environment(summary.environment["device"])
     append([row], results)
+    write_summary(summary, point.config.out / "summary.json")
     print(f"{row['case']}: {_told(row)}", flush=True)
     if not row["dry_run"]:
         write(results)
@@ -221,11 +221,6 @@ def _told(row: Row) -> str:
         f"top-1 error {row['top1_error_before']:.2f} → {row['top1_error']:.2f} %, {row['hours']:.2f} h"
         + (" (a dry run: not in the table)" if row["dry_run"] else "")
     )
-
-
-def _say(first: bool, line: str) -> None:
-    if first:
-        print(line, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

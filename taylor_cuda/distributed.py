@@ -91,7 +91,7 @@ def unreduced(loss: Tensor, group: Any) -> Iterator[None]:
     With ``static_graph=True`` it takes its first backward pass, whatever that is, for the one at whose end it averages
     gradients.
     """
-    wrapper = None if world_size(group) == 1 else _waiting_for(loss)
+    wrapper = None if group is None else _waiting_for(loss)
     if wrapper is None:
         yield
         return

@@ -28,12 +28,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def rename(written: Path, path: Path) -> None:
     """Give a file its name, in the same folder, once the disk holds what was written."""
-    _flush(written)
+    flush(written)
     os.replace(written, path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Return when the disk holds what was written to a file, or the names in a folder."""
     if path.is_dir() and os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -49,6 +49,8 @@ class Pruner:
       ``fullgraph=True``.
     - ``DistributedDataParallel``: give the wrapper, with the same arguments on every rank. Every cut makes it anew, in
       place, so the loop goes on with it; ``pruner.model`` is the module inside. Ranks that would cut differently raise.
+      With ``torch.compile``: ``module.compile()``, then wrap. With ``static_graph=True`` the first micro-batch after
+      each cut is averaged in ``no_sync()`` too. ``SyncBatchNorm`` stays in step; what looks at copies meets no rank.
 
     Args:
         model: the module itself, not a compiled one; or a ``DistributedDataParallel`` around it.

@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except RunInterruptedError as interrupted:
         again = given if "--resume" in given else [*given, "--resume"]
-        _say(f"{interrupted}; go on with: taylor-cuda {shlex.join(again)}")
+        if rank_of_environment()[0] == 0:
+            _say(f"{interrupted}; go on with: taylor-cuda {shlex.join(again)}")
         return INTERRUPTED
     except KeyboardInterrupt:
         _say("interrupted before there was anything to save")

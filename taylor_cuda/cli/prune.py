@@ -20,13 +20,14 @@ from taylor_cuda.cli.recipes import COMMAND_LINE, RECIPE, TRIAL, list_recipes, s
 from taylor_cuda.errors import InputError
 from taylor_cuda.importance.criteria import CRITERIA, find_criterion
 from taylor_cuda.planning import parse_budget
-from taylor_cuda.report import measured_lines, run_table, write_summary, write_widths_svg
+from taylor_cuda.report import is_summary_of, measured_lines, run_table, write_summary, write_widths_svg
 from taylor_cuda.surgery.modes import MODES
 from taylor_cuda.train.config import RunConfig
 from taylor_cuda.train.launch import rank_of_environment
 from taylor_cuda.train.models import SPEC_FORMS
 from taylor_cuda.train.pruning import run as run_pruning
 from taylor_cuda.train.recipes import Recipe, load
+from taylor_cuda.train.session import CHECKPOINTS
 from taylor_cuda.train.summary import Summary
 
 DESCRIPTION = f"""\
@@ -44,6 +45,7 @@ Ctrl-C and SIGTERM save the state; the same command with --resume goes on. So it
 the checkpoints that are written after each epoch. On several GPUs: torchrun --nproc-per-node 8 -m taylor_cuda prune …
 """
 
+SUMMARY = "summary.json"
 NO_SETTINGS = {"run", "command", "resume", "recipe", "recipes", "show"}
 
 
@@ -138,7 +140,8 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=True,
         choices=("auto",),
-        help="go on from the newest whole checkpoint of this command; auto: if there is one, else begin",
+        help="go on from the newest whole checkpoint of this command; auto: if there is one, else begin, unless it has "
+        "ended",
     )
     running.add_argument(
         "--steps-limit",
@@ -228,9 +231,13 @@ def run(options: argparse.Namespace) -> int:
             write_widths_svg(summary.widths, config.out / "widths.svg", picture_title(summary))
         except InputError as error:  # a picture is no reason to lose a run
             print(f"no picture: {error}")
-        write_summary(summary, config.out / "summary.json")
+        write_summary(summary, config.out / SUMMARY)
 
     resume = getattr(options, "resume", False)
+    if resume == "auto" and not any_checkpoint(config) and is_summary_of(config.out / SUMMARY, config):
+        if rank_of_environment()[0] == 0:
+            print(f"this run has ended: its results are in {config.out}/ (to run it again, leave --resume out)")
+        return 0
     summary = run_pruning(config, resume, tell=lambda line: print(line, flush=True), finish=finish, progress=True)
     if rank_of_environment()[0] > 0:
         return 0
@@ -240,6 +247,11 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(measured_lines(summary)))
     print(f"\nwritten to {config.out}/ in {summary.seconds:.0f} s")
     return 0
+
+
+def any_checkpoint(config: RunConfig) -> bool:
+    """There is something to go on from, whole or not."""
+    return any((config.out / CHECKPOINTS).glob("*.pt"))
 
 
 def picture_title(summary: Summary) -> str:

@@ -17,10 +17,7 @@ COMPACTED = "taylor_cuda_compacted"
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule"})
 _REPLICATED = ("torch.distributed._composable.replicate", "DDP")
-_INSTEAD = (
-    "a shard has no whole channels: train with DistributedDataParallel until the last cut, "
-    "then fully_shard what is left"
-)
+_INSTEAD = "shards have no whole channels: train with DistributedDataParallel until the last cut, then fully_shard it"
 
 
 def check_model(model: Any, what: str) -> None:

@@ -43,7 +43,8 @@ class Importance:
             inside a group, exactly to first order (``taylor_cuda.importance.norm_term``); from activations.
         process_group: ranks that train copies of the model and average their gradients, as
             ``DistributedDataParallel`` does. Parameter gradients are then those of all ranks already; what is summed
-            from activations is averaged over them here.
+            from activations is averaged over them here. Scores are those of the mean of the ranks' losses, as the
+            gradients are: of the whole batch where all ranks have equal parts of it.
         fuse: take what is summed from activations out of the backward passes of ReLUs where these run anyway
             (``tc.fuse_scoring``). Otherwise every reader has a gate with a pass of its own: equal but for rounding.
 
@@ -52,7 +53,9 @@ class Importance:
             over single outputs), ``"any"`` (two passes instead of one), or a function or module of torch. The loss
             itself is asked for its curvature, and the first step checks that it is of that kind.
         probes: backward passes for the curvature of each batch under ``"taylor_so"``, their mean counts; the signs
-            they begin with follow from ``seed`` and the number of the step, the same on all ranks.
+            they begin with follow from ``seed`` and the number of the step, the same on all ranks and in all backward
+            passes that count as one batch. ``torch.compile`` has to leave backward passes that can be repeated:
+            ``torch._functorch.config.donated_buffer = False``.
         shared_norm: ``"blocks"`` divides ``"taylor_fo"`` of channels that run through several blocks by the number of
             these, as the paper's own code does; ``"none"`` is the first-order effect of removing them.
 

@@ -53,8 +53,9 @@ class TaylorImportance(tp.importance.GroupTaylorImportance):  # type: ignore[mis
     convolutions and GroupNorms) are summed as well, and each has their joint importance.
 
     Not seen: that LayerNorm and GroupNorm have other statistics after the cut (``tc.Importance(norm_term=True)``);
-    and, in attention made of linear layers, the products of queries and keys, whose dimensions Torch-Pruning removes
-    with those of the values.
+    in attention made of linear layers, the products of queries and keys, whose dimensions Torch-Pruning removes with
+    those of the values; and that channels are an output of the network as well where Torch-Pruning doesn't see it (an
+    inner layer's, returned after the last one's).
 
     Args:
         group_reduction: ``"sum"`` of the signed terms of a group, or their ``"mean"`` over the layers that count.

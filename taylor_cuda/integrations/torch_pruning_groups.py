@@ -200,7 +200,8 @@ def units_of(members: list[Member], position: Mapping[int, int]) -> list[int]:
         members: the layers of a group.
         position: of each channel of the root in the result.
     """
-    first = [i % (len(position) // _runs(members)) for i in range(len(position))]
+    length = len(position) // _runs(members)
+    first = [i % length for i in range(len(position))]
     for pair in _meetings(members):
         if all(root in position for root in pair):
             one, other = sorted(_start(first, position[root]) for root in pair)
@@ -218,15 +219,19 @@ def _meetings(members: list[Member]) -> Iterator[tuple[int, int]]:
     """Pairs of the root's channels that meet at one channel of a layer, of which a group names only one."""
     if not any(member.kind in REARRANGING for member in members):
         return
-    known = {(member.node, member.handler): dict(zip(member.idxs, member.roots, strict=True)) for member in members}
+    known = {(member.node, member.handler): member for member in members}
     for member in members:
         for edge in member.node.dependencies:
-            roots = known.get((edge.target, edge.handler))
-            if roots is None or not edge.is_triggered_by(member.handler):
+            other = known.get((edge.target, edge.handler))
+            if other is None or not edge.is_triggered_by(member.handler):
+                continue
+            mappings = [mapping for mapping in edge.index_mapping if mapping is not None]
+            if not mappings and (member.idxs, member.roots) == (other.idxs, other.roots):
                 continue
             indices = [_Index(*pair) for pair in zip(member.idxs, member.roots, strict=True)]
-            for mapping in edge.index_mapping:
-                indices = indices if mapping is None else mapping(indices)
+            for mapping in mappings:
+                indices = mapping(indices)
+            roots = dict(zip(other.idxs, other.roots, strict=True))
             for index in indices:
                 if roots.get(index.idx, index.root_idx) != index.root_idx:
                     yield roots[index.idx], index.root_idx

@@ -9,12 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from taylor_cuda.files import replacing
+from taylor_cuda.train.config import RunConfig
 from taylor_cuda.train.summary import Summary
 
 
 def summary_dict(summary: Summary) -> dict[str, Any]:
     """Plain values; a number that isn't finite becomes ``None``, which JSON can hold."""
     return {key: _plain(value) for key, value in dataclasses.asdict(summary).items()}
+
+
+def is_summary_of(path: Path, config: RunConfig) -> bool:
+    """A run with these settings has ended and written its summary there."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("config") == json.loads(json.dumps(_plain(config.identity())))
 
 
 def _plain(value: Any) -> Any:

@@ -69,11 +69,17 @@ def average_statistics(model: nn.Module, group: Any) -> None:
     """Give all ranks the mean of their running statistics; nothing where there is one."""
     if world_size(group) == 1:
         return
-    buffers = [buffer for norm in _norms(model) for buffer in (norm.running_mean, norm.running_var)]
-    for dtype in {buffer.dtype for buffer in buffers if buffer is not None}:
-        alike = [buffer for buffer in buffers if buffer is not None and buffer.dtype == dtype]
+    buffers = statistics_of(model)
+    for dtype in {buffer.dtype for buffer in buffers}:
+        alike = [buffer for buffer in buffers if buffer.dtype == dtype]
         flat = mean(torch.cat([buffer.flatten() for buffer in alike]), group)
         torch._foreach_copy_(alike, list(flat.split([buffer.numel() for buffer in alike])))
+
+
+def statistics_of(model: nn.Module) -> list[Tensor]:
+    """The running means and variances themselves, in which ranks differ."""
+    buffers = (buffer for norm in _norms(model) for buffer in (norm.running_mean, norm.running_var))
+    return [buffer for buffer in buffers if buffer is not None]
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:

@@ -199,19 +199,20 @@ def scoring_cost(
     def run(step: Step) -> float:
         return _step_ms(step, batch)
 
-    run(without), run(with_scores)
     base: list[float] = []
     extra: list[float] = []
     begin = time.perf_counter()
-    while len(base) < pairs and (len(base) < 3 or time.perf_counter() - begin < seconds):
-        if len(base) % 2:
-            b = run(with_scores)
-            a = run(without)
-        else:
-            a = run(without)
-            b = run(with_scores)
-        base.append(a)
-        extra.append(b - a)
+    with torch.random.fork_rng():  # how many steps there are is no matter of the run's numbers
+        run(without), run(with_scores)
+        while len(base) < pairs and (len(base) < 3 or time.perf_counter() - begin < seconds):
+            if len(base) % 2:
+                b = run(with_scores)
+                a = run(without)
+            else:
+                a = run(without)
+                b = run(with_scores)
+            base.append(a)
+            extra.append(b - a)
     estimator.close()
     median = statistics.median(base)
     return ScoringCost(median, 100 * statistics.median(extra) / median)
@@ -230,7 +231,7 @@ def training_step_ms(model: nn.Module, batch: Batch, steps: int = 40, seconds: f
     step = TrainingStep(trained, torch.optim.SGD(trained.parameters(), lr=1e-4, momentum=0.9))
     times: list[float] = []
     begin = time.perf_counter()
-    with torch.random.fork_rng():  # how many steps there are is no matter of the run's numbers
+    with torch.random.fork_rng():
         _step_ms(step, batch)
         while len(times) < steps and (len(times) < 3 or time.perf_counter() - begin < seconds):
             times.append(_step_ms(step, batch))

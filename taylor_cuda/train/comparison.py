@@ -87,9 +87,7 @@ def run(
         raise InputError("compare: wanted one process, got several of torchrun")
     session = Session(config)
     groups = trace(session.model, session.probe[:2], ignore=config.ignore)
-    if not (resume and session.restore()):
-        if resume is True:
-            raise InputError(f"resume: nothing to go on from in {config.out} (start without --resume)")
+    if not session.restore(resume):
         session.begin_log()
         (config.out / ORACLE).unlink(missing_ok=True)
     with session.interruptible():

@@ -96,7 +96,6 @@ def load_data(
             raise InputError(f"{name}: wanted a number >= {least}, got {value}")
     if num_classes is not None and num_classes < 1:
         raise InputError(f"num_classes: wanted a number >= 1, got {num_classes}")
-    share.micro_batch(batch)
     if source == "digits":
         return load_digits(batch, seed, share)
     if source == "synthetic":

@@ -41,13 +41,17 @@ class Launch:
 
 
 def rank_of_environment() -> tuple[int, int]:
-    """``(rank, ranks)`` as ``torchrun`` has set them; ``(0, 1)`` without it."""
+    """``(rank, ranks)`` of the process group that there is, or as ``torchrun`` has set them; else ``(0, 1)``."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextmanager
 def launched(device: str) -> Iterator[Launch]:
     """Join the other processes of ``torchrun``, and leave them at the end. Nothing to join without it.
+
+    A process group that is there already is taken as it is, and stays.
 
     Args:
         device: see ``find_device``; under ``torchrun`` ``"auto"`` and ``"cuda"`` are the GPU of this process's number
@@ -66,8 +70,11 @@ def launched(device: str) -> Iterator[Launch]:
         return
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=TIMEOUT)
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Launch(found, rank, ranks, dist.group.WORLD)
     finally:
-        dist.destroy_process_group()
+        if mine:
+            dist.destroy_process_group()

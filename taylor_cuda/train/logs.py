@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from taylor_cuda.errors import InputError
+from taylor_cuda.files import flush
 
 
 class RunLog:
@@ -22,7 +23,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path, tensorboard: bool = False) -> None:
-        self._path, self._writer = path, None
+        self._path, self._board, self._writer = path, path.with_name("tensorboard"), None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -34,20 +35,28 @@ class RunLog:
         self._open: Any = None
 
     def begin(self) -> None:
-        """An empty file."""
+        """An empty file, and no events for TensorBoard."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)
+        for events in self._board.glob("events.out.tfevents.*"):  # of an earlier run, as the log was
+            events.unlink()
 
     def size(self) -> int:
         """Bytes written so far."""
         return self._path.stat().st_size if self._path.is_file() else 0
+
+    def flushed_size(self) -> int:
+        """The same, once the disk holds them: a checkpoint must not outlive the lines it counts on."""
+        if self._path.is_file():
+            flush(self._path)
+        return self.size()
 
     def go_on(self, size: int, step: int) -> None:
         """Forget what was written after a checkpoint, in which the log had ``size`` bytes, at minibatch ``step``."""
         if self.size() > size:
             os.truncate(self._path, size)
         if self._writer is not None:
-            self._open = self._writer(str(self._path.parent / "tensorboard"), purge_step=step + 1)
+            self._open = self._writer(str(self._board), purge_step=step + 1)
 
     def write(self, record: dict[str, Any], step: int) -> None:
         """Append one event, as of minibatch ``step``."""
@@ -56,7 +65,7 @@ class RunLog:
         if self._writer is None:
             return
         if self._open is None:
-            self._open = self._writer(str(self._path.parent / "tensorboard"))
+            self._open = self._writer(str(self._board))
         for key, value in record.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._open.add_scalar(f"{record.get('stage', record['event'])}/{key}", value, step)

@@ -131,6 +131,7 @@ def train_stage(
                 if stage.done():
                     break
         quality = meter.quality(stage.group)
+        seen = quality.examples > 0  # nothing where a run goes on from an epoch's last minibatch
         seconds = time.perf_counter() - started
         if position.batch >= stage.steps or not stage.done():
             position.epoch, position.batch = number, 0
@@ -143,8 +144,8 @@ def train_stage(
                 "event": "epoch",
                 "stage": stage.name,
                 "epoch": number,
-                "loss": quality.loss,
-                "accuracy": quality.accuracy,
+                "loss": quality.loss if seen else None,
+                "accuracy": quality.accuracy if seen else None,
                 "lr": optimizer.param_groups[0]["lr"],
                 "seconds": seconds,
                 "images_per_s": quality.examples / seconds,

@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from taylor_cuda.errors import InputError, TaylorError
+from taylor_cuda.distributed import together
+from taylor_cuda.errors import TaylorError
 from taylor_cuda.graph import trace
 from taylor_cuda.pruner import Pruner
 from taylor_cuda.surgery import save
@@ -56,17 +57,15 @@ def run(
     """
     with launched(config.device) as launch:
         session = Session(config, launch)
-        if not (resume and session.restore()):
-            if resume is True:
-                raise InputError(f"resume: nothing to go on from in {config.out} (start without --resume)")
+        if not session.restore(resume):
             session.begin()
         stages = Stages(session, tell if launch.first else lambda _: None, progress and launch.first)
         with session.interruptible():
             summary = stages.run()
-            if launch.first:
-                finish(summary)
-        if launch.first:
-            session.checkpoints.clear()
+            with together("writing the reports", launch.group):
+                if launch.first:
+                    finish(summary)
+                    session.checkpoints.clear()
     return summary
 
 
@@ -115,12 +114,13 @@ class Stages:
         session, every = self.session, self.config.eval_every
 
         def after_minibatch() -> None:
+            session.taken += 1
             after_step()
-            session.after_minibatch()
+            session.between_minibatches()
 
         def after_epoch(record: dict[str, object]) -> None:
             session.log(record)
-            session.unreadable()
+            session.note_unreadable()
             session.check_in_sync()
             if every and session.position.epoch % every == 0 and session.position.epoch < epochs:
                 self._evaluate("validation", f"{name}: epoch {session.position.epoch}")
@@ -136,25 +136,25 @@ class Stages:
     def _evaluate(self, event: str, before: str, trained: bool = True) -> float:
         session, config = self.session, self.config
         model = session.evaluated
-        if trained and config.recalibrate:
-            recalibrate_batch_norm(model, session.train_batches(), config.recalibrate, session.group)
-        else:
-            average_statistics(model, session.group)
         with session.precision.autocast():
+            if trained and config.recalibrate:
+                recalibrate_batch_norm(model, session.train_batches(), config.recalibrate, session.group)
+            else:
+                average_statistics(model, session.group)
             quality = evaluate(model, session.val(), session.device, group=session.group)
-        session.unreadable()
+        session.note_unreadable()
         session.log({"event": event, "loss": quality.loss, "accuracy": quality.accuracy})
         self.tell(f"{before}: accuracy {quality.accuracy:.4f}")
         return quality.accuracy
 
-    def _schedule(self, peak: float, epochs: int, first: bool) -> Schedule:
+    def _schedule(self, peak: float, epochs: int, first: bool, kind: str = "") -> Schedule:
         """The learning rate of a number of epochs, which the run may begin with."""
         config, steps = self.config, self.session.steps
         scale = 1.0 if config.lr_per is None else self.session.global_batch / config.lr_per
         return Schedule(
             peak * scale,
             epochs * steps,
-            config.lr_schedule,
+            kind or config.lr_schedule,
             round(config.warmup_epochs * steps) if first else 0,
             config.lr_step_epochs * steps,
             config.lr_step_factor,
@@ -190,11 +190,9 @@ class Stages:
             self._measure_scoring(pruner)
         comparison = self._comparison(pruner)
         watchers = [] if comparison is None else [comparison]
-        rate: Callable[[int], float] = self._schedule_after()
-        if config.total_epochs is None:
-            peak = self._schedule(config.rate_after, 0, first=False).peak
-            rate = lambda _: peak  # noqa: E731
-        epochs = session.prune_epochs if config.total_epochs is None else config.total_epochs
+        epochs, rate = session.prune_epochs, self._schedule(config.rate_after, 0, config.base_epochs == 0, "constant")
+        if config.total_epochs is not None:
+            epochs, rate = config.total_epochs, self._schedule_after()
         try:
             with uncompiled(session.model) if config.every < COMPILE_FROM else contextlib.nullcontext():
                 self._train(
@@ -310,7 +308,7 @@ class Stages:
             scoring_percent=measured.scoring_percent,
             step_ms=measured.step_ms,
             pruned_step_ms=measured.pruned_step_ms,
-            unreadable=measured.unreadable,
+            unreadable=len(measured.unreadable),
             seconds=session.seconds(),
             config=config.identity(),
             environment=environment(session.device),

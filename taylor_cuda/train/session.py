@@ -6,13 +6,13 @@ two and the tensors, and enters the same stages where it left them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ from taylor_cuda.train.messages import first_line
 from taylor_cuda.train.models import load_model
 from taylor_cuda.train.objective import Objective, main_output, mixing_of
 from taylor_cuda.train.optimizers import new_optimizer
-from taylor_cuda.train.snapshot import put_back, state_of
-from taylor_cuda.train.state import Checkpoints, Position, generator_states, load_state, restore_generators
+from taylor_cuda.train.snapshot import put_back, state_of, state_of_rank
+from taylor_cuda.train.state import Checkpoints, Position, load_state
 from taylor_cuda.train.step import Backward, Precision, TrainingStep, Updates, moving_average
 from taylor_cuda.train.stopping import RunInterruptedError, StopRequest, stop_between_steps
 from taylor_cuda.train.summary import Measured
@@ -100,7 +100,6 @@ class Session:
         self.teacher: nn.Module | None = None
         self.pruner: Pruner | None = None
         self.stop = StopRequest()
-        self._told: set[str] = set()
         if self.launch.rank:
             torch.manual_seed(config.seed + self.launch.rank)  # what is random in training differs over ranks
 
@@ -292,9 +291,8 @@ class Session:
         if self.group is None:
             self.stop.check()
 
-    def after_minibatch(self) -> None:
-        """Count it; write a checkpoint if it is time; stop here if that was asked for, on any rank."""
-        self.taken += 1
+    def between_minibatches(self) -> None:
+        """Write a checkpoint if it is time; stop here if that was asked for, on any rank."""
         every = self.config.checkpoint_every
         if every is not None and self.taken % every == 0:
             self.save()
@@ -323,14 +321,14 @@ class Session:
             other = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
             raise TaylorError(f"ranks {other} no longer have the parameters of rank 0; go on from a checkpoint")
 
-    def unreadable(self) -> None:
+    def note_unreadable(self) -> None:
         """Log the files that could not be read since the last time, on any rank."""
-        fresh = {path: why for path, why in self.data.unreadable.items() if path not in self._told}
-        self._told.update(fresh)
+        known = self.measured.unreadable
+        fresh = {path: why for path, why in self.data.unreadable.items() if path not in known}
         for found in gathered(fresh, self.group):
-            for path, why in found.items():
-                self.measured.unreadable += 1
-                self.log({"event": "unreadable", "path": path, "reason": why})
+            for path in found.keys() - known.keys():
+                known[path] = found[path]
+                self.log({"event": "unreadable", "path": path, "reason": found[path]})
 
     def costs(self, pruner: Pruner) -> tuple[Cost, Cost]:
         """What the model cost as it was made, and what it costs now."""
@@ -347,51 +345,56 @@ class Session:
 
     # -- stopping and going on -----------------------------------------------------------------------------------------
 
-    @contextmanager
+    @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Ctrl-C ends the body between two steps, and the state is saved.
+        """Ctrl-C ends the body between two steps, and the state is saved. A second one ends it at once.
 
         Raises:
             RunInterruptedError: in its place.
+            KeyboardInterrupt: there is nothing to go on from.
         """
         with stop_between_steps(alone=self.group is None) as self.stop:
             try:
                 yield
             except KeyboardInterrupt:
-                self.save()
+                with contextlib.suppress(KeyboardInterrupt):
+                    if not self.stop.at_once:  # else a step or a cut may be half done
+                        self.save()
+                if self.stop.at_once and self.checkpoints.newest() is None:
+                    raise
+                kept = "the last checkpoint is" if self.stop.at_once else "state saved"
                 raise RunInterruptedError(
-                    f"interrupted in stage {self.position.stage!r}; state saved in {self.checkpoints.folder}"
+                    f"interrupted in stage {self.position.stage!r}; {kept} in {self.checkpoints.folder}"
                 ) from None
 
     def save(self) -> None:
         """Write everything into one checkpoint, from which ``restore`` goes on. All ranks call it."""
-        generators = gathered(generator_states(), self.group)
+        ranks = gathered(state_of_rank(self), self.group)
         with together("the checkpoint", self.group):
             if self.launch.first:
-                self.checkpoints.save(self.taken, {**state_of(self), "generators": generators})
+                self.checkpoints.save(self.taken, {**state_of(self), "ranks": ranks})
 
-    def restore(self) -> bool:
+    def restore(self, resume: bool | Literal["auto"] = True) -> bool:
         """Bring every object to where the newest checkpoint that is whole left it.
 
+        Args:
+            resume: whether to; ``"auto"``: if there is one.
+
         Returns:
-            There is one.
+            It was done.
 
         Raises:
-            InputError: it belongs to a run with other settings.
+            InputError: there is none, or it belongs to a run with other settings.
             CheckpointError: it can't be read.
         """
+        if not resume:
+            return False
         if self.launch.first:
             remove_remains(self.config.out)
         path = gathered(self.checkpoints.newest() if self.launch.first else None, self.group)[0]
         if path is None:
-            return False
-        state = load_state(path, self.device)
-        put_back(self, state)
-        self._restore_generators(state["generators"])
+            if resume == "auto":
+                return False
+            raise InputError(f"resume: there is nothing to go on from in {self.config.out} (start without --resume)")
+        put_back(self, load_state(path, self.device))
         return True
-
-    def _restore_generators(self, states: list[dict[str, Tensor]]) -> None:
-        if len(states) == self.launch.ranks:
-            restore_generators(states[self.launch.rank])
-        else:  # other ranks than then: any numbers will do, if they aren't those that were used
-            torch.manual_seed((self.config.seed + self.launch.rank) * 1_000_003 + self.taken)

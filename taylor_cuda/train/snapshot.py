@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from taylor_cuda.errors import InputError
-from taylor_cuda.train.state import Position
+from taylor_cuda.train.batch_norm import statistics_of
+from taylor_cuda.train.state import Position, generator_states, restore_generators
 from taylor_cuda.train.summary import Measured
 
 if TYPE_CHECKING:
@@ -22,7 +26,7 @@ def state_of(session: Session) -> dict[str, Any]:
         "position": dataclasses.asdict(session.position),
         "taken": session.taken,
         "measured": dataclasses.asdict(dataclasses.replace(session.measured, seconds=session.seconds())),
-        "log": session.log_file.size(),
+        "log": session.log_file.flushed_size(),
         "model": session.model.state_dict(),
         "optimizer": session.optimizer.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
@@ -30,6 +34,11 @@ def state_of(session: Session) -> dict[str, Any]:
         "teacher": None if teacher is None else teacher.state_dict(),
         "pruner": None if pruner is None else pruner.state_dict(),
     }
+
+
+def state_of_rank(session: Session) -> dict[str, Any]:
+    """What differs over ranks: where random numbers stand, and BatchNorm's statistics, each of its own examples."""
+    return {"generators": generator_states(), "statistics": [buffer.cpu() for buffer in _statistics(session)]}
 
 
 def put_back(session: Session, state: dict[str, Any]) -> None:
@@ -55,6 +64,22 @@ def put_back(session: Session, state: dict[str, Any]) -> None:
             part.load_state_dict(state[key])
     if session.launch.first:
         session.log_file.go_on(state["log"], session.taken)
+    _put_back_rank(session, state["ranks"])
+
+
+def _put_back_rank(session: Session, states: list[dict[str, Any]]) -> None:
+    rank = session.launch.rank
+    if len(states) == session.launch.ranks:
+        restore_generators(states[rank]["generators"])
+        for buffer, value in zip(_statistics(session), states[rank]["statistics"], strict=True):
+            buffer.copy_(value)
+    else:  # other ranks than then: any numbers will do, if they aren't those that were used
+        torch.manual_seed((session.config.seed + rank) * 1_000_003 + session.taken)
+
+
+def _statistics(session: Session) -> list[Tensor]:
+    models = [session.model] if session.average is None else [session.model, session.average.module]
+    return [buffer for model in models for buffer in statistics_of(model)]
 
 
 def _check_same_run(session: Session, state: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from taylor_cuda.errors import CheckpointError, InputError
 from taylor_cuda.files import remove_remains, rename, temporary_beside
 from taylor_cuda.train.messages import first_line
 
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"(\d{8,})-([0-9a-f]{16})\.pt")
 
 
@@ -45,14 +45,20 @@ class Checkpoints:
         self.folder, self._keep = folder, keep
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write everything a run needs to go on from minibatch ``step``; the oldest ones go."""
+        """Write everything a run needs to go on from minibatch ``step``.
+
+        The oldest ones go, and those of ``step`` or later: they are older, or damaged and were passed over.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with temporary_beside(self.folder / "state.pt") as temporary:
             torch.save({"format": FORMAT, **state}, temporary)
             path = self.folder / f"{step:08d}-{_digest(temporary)}.pt"
             rename(temporary, path)
-        for older in self._paths()[self._keep :]:
-            older.unlink()
+        others = [other for other in self._paths() if other != path]
+        before = [other for other in others if _step(other) < step][: self._keep - 1]
+        for other in others:
+            if other not in before:
+                other.unlink()
         return path
 
     def newest(self) -> Path | None:
@@ -74,7 +80,11 @@ class Checkpoints:
     def _paths(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.partition("-")[0])
 
 
 def _digest(path: Path) -> str:

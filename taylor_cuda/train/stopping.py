@@ -16,10 +16,15 @@ class RunInterruptedError(TaylorError):
 
 
 class StopRequest:
-    """Remembers a Ctrl-C, or a SIGTERM, until the run is between two steps."""
+    """Remembers a Ctrl-C, or a SIGTERM, until the run is between two steps.
+
+    Attributes:
+        asked: there was one.
+        at_once: there was a second one, which did not wait: whatever was being done is half done.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.at_once = False
 
     def check(self) -> None:
         """Raise ``KeyboardInterrupt`` if there was one."""
@@ -45,6 +50,7 @@ def stop_between_steps(alone: bool = True) -> Iterator[StopRequest]:
 
     def on_signal(_signal: int, _frame: FrameType | None) -> None:
         if request.asked and alone:
+            request.at_once = True
             raise KeyboardInterrupt
         request.asked = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -23,7 +23,7 @@ class Measured:
     magnitude_spearman: float | None = None
     oracle_examples: int = 0
     oracle_note: str | None = None
-    unreadable: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
     scoring_percent: float = math.nan
     step_ms: float = math.nan
     pruned_step_ms: float = math.nan

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from taylor_cuda.bench import imagenet
 from taylor_cuda.bench.environment import environment
 from taylor_cuda.bench.imagenet import main, markdown, measured, point_of
 from taylor_cuda.bench.rows import RESULTS, read_rows
 from taylor_cuda.errors import TaylorError
+from taylor_cuda.train.launch import Launch
 from taylor_cuda.train.recipes import load, names
 from taylor_cuda.train.summary import Summary
 
@@ -39,7 +42,9 @@ def runs(monkeypatch):
         assert progress
         tell("a line")
         seen.append(config)
-        finish(summary())
+        config.out.mkdir(parents=True, exist_ok=True)
+        if imagenet.rank_of_environment()[0] == 0:
+            finish(summary())
 
     monkeypatch.setattr(imagenet, "run_pruning", run)
     return seen
@@ -68,6 +73,7 @@ def test_every_recipe_gets_a_row_once(runs, tmp_path, capsys):
     assert (row["dry_run"], row["case"], row["ranks"], row["dtype"]) == (False, HEADLINE, 1, "float32")
     assert row["published"] == dataclasses.asdict(recipe.published)
     assert set(environment("cpu")) <= set(row)
+    assert json.loads((config.out / "summary.json").read_text(encoding="utf-8"))["macs_after"] == 4_712_000_000
     # On another disk and in smaller passes it is the same run, and all the others are still missing.
     assert call(tmp_path, "--data", "/elsewhere", "--batch", "32", "--workers", "8", "--no-compile") == 0
     assert f"{HEADLINE}: it has a row" in capsys.readouterr().out
@@ -144,7 +150,12 @@ def test_other_settings_are_another_run(runs, tmp_path):
     assert imagenet.finished([stored], row)
     changed = {**stored, "settings": {**stored["settings"], "steps": 51}}
     assert not imagenet.finished([changed], row)
-    assert not imagenet.finished([{**stored, "settings": {**stored["settings"], "global_batch": 1}}], row)
+    smaller, larger, noise = (
+        point_of(load(HEADLINE), given, tmp_path).row
+        for given in ({"global_batch": 128}, {"global_batch": 512}, {"data": "synthetic"})
+    )
+    assert not imagenet.finished([smaller], larger)
+    assert not imagenet.finished([noise], row)
 
 
 def test_units():
@@ -160,6 +171,7 @@ def test_one_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     def run(config, *_, finish, **__):
         if config.out.name == HEADLINE:
             raise TaylorError("diverged")
+        config.out.mkdir(parents=True)
         finish(summary())
 
     monkeypatch.setattr(imagenet, "run_pruning", run)
@@ -191,14 +203,15 @@ def test_bad_options(tmp_path, capsys):
 
 
 def test_another_rank_writes_nothing(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert call(tmp_path, "--recipes", HEADLINE) == 0
-    assert len(runs) == 1
-    assert not (tmp_path / "results").exists()
-    monkeypatch.setenv("RANK", "0")
-    assert call(tmp_path, "--recipes", HEADLINE) == 0
+    for rank in (1, 0):
+        launch = Launch(torch.device("cpu"), rank, 2)
+        monkeypatch.setattr(imagenet, "launched", lambda device, launch=launch: nullcontext(launch))
+        monkeypatch.setattr(imagenet, "rank_of_environment", lambda rank=rank: (rank, 2))
+        assert call(tmp_path, "--recipes", HEADLINE) == 0
+        assert (tmp_path / "results").exists() == (rank == 0)
+        assert (f"{HEADLINE}: ResNet-101" in capsys.readouterr().out) == (rank == 0)
     assert [row["ranks"] for row in read_rows(tmp_path / "results")] == [2]
+    assert len(runs) == 2
 
 
 def test_the_table_in_the_tree_is_that_of_its_rows():

@@ -104,9 +104,9 @@ def test_ctrl_c_saves_and_resume_ends_the_same(monkeypatch, capsys, tmp_path, st
             patch.setattr(comparison, "_ask", stopped)
         assert compare(*TINY, "--out", tmp_path) == 130
     err = capsys.readouterr().err
-    assert f"interrupted in stage '{stage}'; state saved in {tmp_path / 'checkpoint.pt'}" in err
+    assert f"interrupted in stage '{stage}'; state saved in {tmp_path / 'checkpoints'}" in err
     assert f"taylor-cuda compare {' '.join(TINY)} --out {tmp_path} --resume" in err
-    assert names(tmp_path) == ["checkpoint.pt", "log.jsonl", *(["oracle.pt"] if stage == "compare" else [])]
+    assert names(tmp_path) == ["checkpoints", "log.jsonl", *(["oracle.pt"] if stage == "compare" else [])]
     assert signal.getsignal(signal.SIGINT) is handler
     assert compare(*TINY, "--out", tmp_path, "--resume") == 0
     assert names(tmp_path) == FILES
@@ -133,7 +133,7 @@ def test_the_oracle_is_not_asked_twice(monkeypatch, capsys, tmp_path, straight):
         module = sys.modules["taylor_cuda.study.compare"]  # the function of that name stands before it
         patch.setattr(module, "_Job", Interrupting)
         assert compare(*arguments) == 130
-    assert names(tmp_path) == ["checkpoint.pt", "log.jsonl", "oracle.pt"]
+    assert names(tmp_path) == ["checkpoints", "log.jsonl", "oracle.pt"]
     assert len(calls) >= 6
     calls.clear()
     assert compare(*arguments, "--resume") == 0

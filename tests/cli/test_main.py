@@ -36,7 +36,7 @@ def test_what_argparse_refuses(capsys, arguments):
         (("--budget", "half"), "budget: can't read 'half'"),
         (("--budget", "macs=0.5", "--budget", "macs=0.6"), "budget: macs stands in it twice"),
         (("--budget", "macs=0.0001"), "the nearest feasible budget is macs="),
-        (("--batch", "1"), "batch: wanted a number of at least 2, got 1"),
+        (("--batch", "1"), "batch: wanted passes over at least 2 examples, got 1"),
         (("--lr", "-1"), "lr: wanted a number above 0"),
         (("--every", "0"), "every: wanted a number of at least 1"),
         (("--round-to", "some"), "round_to: wanted 'auto' or a whole number"),

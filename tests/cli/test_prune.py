@@ -214,7 +214,7 @@ def test_resume_of_another_run_is_refused(monkeypatch, capsys, tmp_path):
     only.write_bytes(only.read_bytes()[: only.stat().st_size // 2])
     with pytest.warns(UserWarning, match="is damaged"):
         assert prune(*TINY, "--out", tmp_path, "--resume") == 2
-    assert f"nothing to go on from in {tmp_path}" in capsys.readouterr().err
+    assert f"there is nothing to go on from in {tmp_path}" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_costs_no_more_than_the_time_since_the_one_before(monkeypatch, tmp_path, straight):
@@ -309,6 +309,18 @@ def test_a_corrupt_image_is_named_and_skipped(capsys, tmp_path):
     assert [record["path"] for record in found] == [str(bad)]
     assert summary_of(out)["unreadable"] == 1
     assert "1 image file could not be read and was left out" in capsys.readouterr().out
+
+
+def test_images_none_of_which_can_be_read_end_the_run_with_a_name(capsys, tmp_path):
+    data = make_image_folder(tmp_path / "data", size=32)
+    for bad in (data / "train").rglob("*.jpg"):
+        bad.write_bytes(b"not a jpeg")
+    small = ("--batch", "4", "--image-size", "32", "--workers", "0", "--every", "1", "--steps", "1")
+    assert prune("timm:resnet10t", "--data", data, *small, "--out", tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert f"not one image of a batch can be read, {data / 'train'}" in err
+    assert "Traceback" not in err
+    assert names(tmp_path / "out") == ["log.jsonl"]
 
 
 def test_a_missing_picture_is_no_reason_to_fail(monkeypatch, capsys, tmp_path):

@@ -174,7 +174,7 @@ def test_a_step_waits_for_nothing(scaled: bool) -> None:
     assert (est.steps, est.skipped) == (2, 0)
 
 
-def test_probes_follow_from_seed_step_and_micro_batch_alone() -> None:
+def test_probes_follow_from_seed_and_step_alone() -> None:
     model, x, target = still(Residual)
     seen: dict[Any, Tensor] = {}
     for seed in (0, 1):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import taylor_cuda as tc
@@ -148,6 +149,34 @@ def test_in_front_of_the_outputs_of_the_network():
     z = torch.ones(6, dtype=torch.float64, requires_grad=True)
     nets.loss_of(model(x) * z).backward()
     assert close(TaylorImportance()(groups_of(model, x)["a"]), z.grad.square())
+
+
+def test_the_last_layer_writes_outputs_itself():
+    model, x = scattered(nets.Twice()), torch.randn(4, 6, dtype=torch.float64)
+    z = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    nets.loss_of(model(x) * z).backward()
+    assert close(TaylorImportance()(groups_of(model, x)["fc"]), z.grad.square())
+
+
+class Features(nn.Module):
+    """Returns what its head reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.fc = conv(3, 6), nn.BatchNorm2d(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.norm(self.a(x)))
+        x = x if z is None else x * z[:, None, None]
+        return x, self.fc(x.mean((2, 3)))
+
+
+def test_an_output_that_is_read_as_well():
+    model, x = scattered(Features()), image(4).double()
+    group = groups_of(model, x, [model.fc])["a"]
+    z = torch.ones(6, dtype=torch.float64, requires_grad=True)
+    sum(map(torch.Tensor.square, map(torch.Tensor.sum, model(x, z)))).backward()
+    assert close(TaylorImportance()(group), z.grad.square())
 
 
 class Custom(nn.Module):

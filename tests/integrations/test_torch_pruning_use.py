@@ -105,8 +105,8 @@ def test_the_mean_of_the_squares_over_batches():
         backward(model, x)
         imp.update(model)
         each.append({name: TaylorImportance()(group) for name, group in groups.items()})
-    for name, group in groups.items():
-        assert close(imp(group), torch.stack([one[name] for one in each]).mean(0)), name
+        for name, group in groups.items():
+            assert close(imp(group), torch.stack([one[name] for one in each]).mean(0)), name
     imp.reset()
     assert all(close(imp(group), each[-1][name]) for name, group in groups.items())
 

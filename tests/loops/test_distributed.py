@@ -285,7 +285,7 @@ def cases(rank: int, _folder: Path) -> dict[str, Callable[[], None]]:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    on_ranks(cases, folder, seconds=120)
+    on_ranks(cases, folder, seconds=240)
     return folder
 
 

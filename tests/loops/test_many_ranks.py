@@ -91,7 +91,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     alone = {**ALONE, **IN_TRAIN_MODE, "compact": COMPACT}
     torch.save({name: run.go() for name, run in alone.items()}, folder / "told.pt")
-    on_ranks(cases, folder, seconds=120, ranks=RANKS)
+    on_ranks(cases, folder, seconds=300, ranks=RANKS)
     return folder
 
 

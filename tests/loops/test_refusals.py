@@ -43,11 +43,25 @@ def test_wrapped_models_are_refused(take, tmp_path: Path) -> None:
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not dist.is_gloo_available():
         pytest.skip("no gloo")
+    from torch.distributed._composable.replicate import replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = dist.init_device_mesh("cpu", (1,))
         with pytest.raises(tc.InputError, match="sharded by FSDP"):
             take(fsdp.fully_shard(Net(), mesh=mesh), EXAMPLE)
+        for whole in (False, True):
+            sharded = fsdp.FullyShardedDataParallel(Net(), device_id=torch.device("cpu"), use_orig_params=whole)
+            for model in (sharded, sharded.module):
+                with pytest.raises(
+                    tc.InputError, match=r"sharded by FSDP; .* train with DistributedDataParallel until"
+                ):
+                    take(model, EXAMPLE)
+        with pytest.raises(tc.InputError, match=r"head\.weight is distributed .* train with DistributedDataParallel"):
+            take(parallelize_module(Net(), mesh, {"head": ColwiseParallel()}), EXAMPLE)
+        with pytest.raises(tc.InputError, match="replicated in place; wrap it in DistributedDataParallel"):
+            take(replicate(Net()), EXAMPLE)
         mixed = nn.parallel.DistributedDataParallel(Net())
         mixed.mixed_precision = object()  # a real one needs a GPU
         with pytest.raises(tc.InputError, match="mixed_precision"):

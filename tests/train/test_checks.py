@@ -119,15 +119,18 @@ def test_scoring_cost_is_what_scoring_adds(monkeypatch):
 
     def slow(self, grad_scale=1.0):
         time.sleep(0.25)
+        torch.rand(1)  # as dropout would
         update(self, grad_scale)
 
     monkeypatch.setattr(Importance, "update", slow)
+    numbers = torch.get_rng_state()
     cost = scoring_cost(model, groups, (IMAGES, LABELS), "taylor_fo", pairs=5)
     assert cost.step_ms > 0
     # A quarter of a second on top of a step of a few milliseconds, however busy the machine is.
     assert cost.percent * cost.step_ms / 100 > 200
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(value.grad is None for value in model.parameters())
+    assert torch.equal(torch.get_rng_state(), numbers)
 
 
 def test_oracle_agreement_is_that_of_compare():

@@ -59,6 +59,18 @@ def test_every_crop_is_another_one(tmp_path):
     assert labels.sum() == 8
 
 
+def test_equal_files_get_crops_of_their_own(tmp_path):
+    root = make_image_folder(tmp_path, train=8)
+    content = (root / "train" / "ant" / "7.jpg").read_bytes()
+    for path in (root / "train").rglob("*.jpg"):
+        path.write_bytes(content)
+    crops = set()
+    for seed in range(2):
+        images, _ = next(load_data(str(root), 16, seed=seed, image_size=16, workers=0).train(0))
+        crops |= {image.numpy().tobytes() for image in images}
+    assert len(crops) == 2 * 16
+
+
 @pytest.mark.parametrize(("ranks", "micro"), [(2, 1), (2, 2), (4, 1)])
 def test_pixels_do_not_depend_on_the_ranks(tmp_path, ranks, micro):
     root = str(make_image_folder(tmp_path, train=9))
@@ -202,6 +214,18 @@ def test_reasons_say_what_is_wrong(tmp_path):
     assert all("cannot identify image file" in reasons[kind] for kind in ("text", "empty"))
     assert reasons["gone"].startswith("FileNotFoundError")
     assert reasons["bomb"].startswith("DecompressionBombError")
+
+
+def test_what_is_measured_comes_in_micro_batches(tmp_path):
+    data = load_data(str(make_image_folder(tmp_path, train=9)), 8, image_size=16, workers=0, share=Share(1, 2, 2))
+    assert [len(labels) for _, labels in data.unaugmented()] == [2] * 9
+    assert [len(labels) for _, labels in data.val()] == [2, 1]
+
+
+def test_each_rank_needs_a_file(tmp_path):
+    root = str(make_image_folder(tmp_path))
+    with pytest.raises(InputError, match=r"at least 12 training examples, for 3 ranks with 4 micro-batches .* got 10"):
+        load_data(root, 24, share=Share(0, 3, 4))
 
 
 def test_an_image_that_the_transform_refuses_is_unreadable(tmp_path):

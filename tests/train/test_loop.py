@@ -106,6 +106,17 @@ def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been():
     assert all(torch.equal(value, finals[1][name]) for name, value in finals[0].items())
 
 
+def test_going_on_from_the_last_minibatch_of_an_epoch_logs_no_figures_of_it():
+    net, told = norm_net(), []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    stage = Stage("base", 2, 3, 0, lambda _: 0.1, TrainingStep(net, optimizer), after_epoch=told.append)
+    train_stage(stage, net, optimizer, tensor_data(), Position("base", 0, 3), CPU)
+    assert [(record["epoch"], record["loss"] is None, record["accuracy"] is None) for record in told] == [
+        (1, True, True),
+        (2, False, False),
+    ]
+
+
 def test_divergence_is_an_error_and_not_a_result():
     net = nn.Sequential(nn.Flatten(), nn.Linear(32, 4))
     with torch.no_grad():

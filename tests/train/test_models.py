@@ -169,3 +169,32 @@ def test_layer_widths_counts_outputs():
         return nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), nn.ConvTranspose2d(width, 5, 2), nn.Linear(4, 2))
 
     assert layer_widths(net(8), net(3)) == {"0": (8, 3), "2": (5, 5), "3": (2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "asked"),
+    [("pretrained", "DEFAULT"), ("DEFAULT", "DEFAULT"), ("IMAGENET1K_V1", "IMAGENET1K_V1"), (None, None)],
+)
+def test_weights_that_torchvision_has_names_for(monkeypatch, weights, asked):
+    seen, make = [], torchvision.models.get_model
+
+    def get_model(name, weights, **options):
+        seen.append(weights)
+        return make(name, weights=None, **options)
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    model = load_model("torchvision:resnet18", num_classes=7, weights=weights)
+    assert seen == [asked]
+    assert model.fc.out_features == 7
+
+
+def test_weights_that_torchvision_does_not_have(tmp_path, monkeypatch):
+    wanted = r"weights: wanted a file or one of pretrained, DEFAULT, IMAGENET1K_V1, got 'IMAGENET1K_V9'"
+    with pytest.raises(InputError, match=wanted):
+        load_model("torchvision:resnet18", weights="IMAGENET1K_V9")
+    with pytest.raises(InputError, match=r"weights: no file IMAGENET1K_V1"):
+        load_model("digits", weights="IMAGENET1K_V1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "IMAGENET1K_V1").write_bytes(b"a file of that name")
+    with pytest.raises(CheckpointError, match="IMAGENET1K_V1 can't be read"):
+        load_model("torchvision:resnet18", weights="IMAGENET1K_V1")

@@ -65,6 +65,17 @@ def test_a_step_takes_the_same_examples_however_it_is_split(epoch):
                 assert torch.equal(a, b)  # and they were moved alike
 
 
+def test_each_step_and_each_epoch_moves_its_images_anew():
+    images = torch.rand(1, 1, 5, 5).expand(32, -1, -1, -1)
+    moved = set()
+    for seed in range(2):
+        data = TensorData(
+            "same", ("only",), (images, torch.zeros(32).long()), (images, torch.zeros(32).long()), 16, seed
+        )
+        moved |= {batch.numpy().tobytes() for epoch in range(2) for batch, _ in data.train(epoch)}
+    assert len(moved) == 2 * 2 * 2
+
+
 def test_micro_batches_are_contiguous_slices_ranks_apart():
     step = torch.arange(12)
     assert [part.tolist() for part in Share(1, 2, 3).of(step)] == [[2, 3], [6, 7], [10, 11]]

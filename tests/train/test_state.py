@@ -28,9 +28,9 @@ def test_state_round_trip_with_generators(tmp_path):
 def test_the_last_few_stay_and_can_be_cleared(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert checkpoints.newest() is None
-    paths = [checkpoints.save(step, {"step": step}) for step in (5, 100_000_000, 9)]
+    paths = [checkpoints.save(step, {"step": step}) for step in (5, 99_999_999, 100_000_000)]
     assert sorted(paths[0].parent.iterdir()) == sorted(paths[1:])
-    assert checkpoints.newest() == paths[1]
+    assert checkpoints.newest() == paths[2]
     checkpoints.clear()
     assert list(tmp_path.iterdir()) == []
     checkpoints.clear()
@@ -49,6 +49,18 @@ def test_a_damaged_one_is_passed_over_with_a_warning(tmp_path):
     first.write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged"):
         assert checkpoints.newest() is None
+
+
+def test_what_was_passed_over_takes_no_place_of_a_whole_one(tmp_path):
+    """Going on from 3, the run comes to 6 again: there the damaged one is, under whatever checksum."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    first, damaged = (checkpoints.save(step, {"step": step}) for step in (3, 6))
+    damaged.rename(tmp_path / "00000006-ffffffffffffffff.pt")
+    again = checkpoints.save(6, {"step": 6})
+    assert sorted(tmp_path.iterdir()) == [first, again]
+    again.rename(tmp_path / "00000009-ffffffffffffffff.pt")
+    assert Checkpoints(tmp_path, keep=1).save(4, {"step": 4}).parent == tmp_path
+    assert [path.name[:8] for path in tmp_path.iterdir()] == ["00000004"]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
