@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from taylor_cuda.errors import TaylorError
 from taylor_cuda.train.environment import find_device
 
 TIMEOUT = timedelta(minutes=30)
@@ -47,6 +50,40 @@ def rank_of_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def fresh_store(store: Any, rank: int, ranks: int) -> Any:
+    """A part of a store that no processes have written to but those that are here now.
+
+    ``torchrun --max-restarts`` gives ranks that it starts anew the store of those before: some would find the addresses
+    of the dead there, and wait for them for as long as ``TIMEOUT``. Its count of restarts isn't the same on all
+    machines (https://github.com/pytorch/pytorch/issues/135712), so rank 0 names a part of the store, and only one that
+    is alive can answer a name that was made up just now.
+
+    Args:
+        store: a ``torch.distributed.Store``, the same for all ranks.
+        rank: of this process.
+        ranks: how many there are.
+
+    Raises:
+        TaylorError: they did not all come.
+    """
+    me, until = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    if rank == 0:
+        store.set("part", me)
+    while time.monotonic() < until:
+        part = me if rank == 0 else store.get("part").decode()
+        present = f"{part}/present"
+        if rank == 0:
+            others = [f"{part}/{other}" for other in range(1, ranks)]
+            if store.check(others):
+                store.set(present, " ".join([me, *(store.get(other).decode() for other in others)]))
+        else:
+            store.set(f"{part}/{rank}", me)
+        if store.check([present]) and me in store.get(present).decode().split():
+            return dist.PrefixStore(part, store)  # type: ignore[attr-defined]
+        time.sleep(0.02)
+    raise TaylorError(f"launch: not all {ranks} ranks came within {TIMEOUT}")
+
+
 @contextmanager
 def launched(device: str) -> Iterator[Launch]:
     """Join the other processes of ``torchrun``, and leave them at the end. Nothing to join without it.
@@ -72,7 +109,12 @@ def launched(device: str) -> Iterator[Launch]:
         torch.cuda.set_device(found)
     mine = not dist.is_initialized()
     if mine:
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=TIMEOUT)
+        from torch.distributed.rendezvous import rendezvous  # not there in a torch without distributed
+
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        backend = "nccl" if found.type == "cuda" else "gloo"
+        store = fresh_store(store, rank, ranks)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     try:
         yield Launch(found, rank, ranks, dist.group.WORLD)
     finally:

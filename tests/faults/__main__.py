@@ -12,7 +12,7 @@ from tests.faults.moments import moments_of, one_moment, reference_run
 from tests.faults.runs import bit_equal
 
 ARGUMENTS = (
-    *("--epochs", "1", "--steps-limit", "24", "--batch", "16", "--every", "3", "--steps", "4", "--recalibrate", "4"),
+    *("--epochs", "1", "--steps-limit", "16", "--batch", "16", "--every", "3", "--steps", "4", "--recalibrate", "4"),
     *("--checkpoint-every", "3", "--measure-seconds", "0.01", "--oracle", "0", "--resume", "auto"),
 )
 
