@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from taylor_cuda.errors import InputError
 
 AMP = ("off", "bf16", "fp16")
@@ -195,6 +197,10 @@ class RunConfig:
         if self.finetune_lr is not None:
             return self.finetune_lr
         return self.lr if self.weights is not None else self.lr / 5
+
+    def rounded_to(self, device: torch.device) -> int | str:
+        """``round_to`` for ``tc.plan``, which can't see that parameters in fp32 will be computed with in 16 bits."""
+        return 8 if self.round_to == "auto" and self.amp != "off" and device.type == "cuda" else self.round_to
 
     def split(self, ranks: int) -> tuple[int, int]:
         """How a minibatch is divided over ranks.
