@@ -219,8 +219,9 @@ class RunConfig:
         if whole % (ranks * micro) or (self.batch is not None and whole != self.batch * ranks * micro):
             each = "" if self.batch is None else f" of {self.batch}"
             raise InputError(f"global_batch: wanted a multiple of {ranks} ranks{each}, got {whole}")
-        if whole // micro < 2:
-            raise InputError(f"batch: wanted passes over at least 2 examples, got {whole // micro}")
+        part = whole // (ranks * micro)
+        if part < 2:
+            raise InputError(f"batch: wanted passes over at least 2 examples, got {part}")
         return whole, micro
 
     def identity(self) -> dict[str, Any]:
