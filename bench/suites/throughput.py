@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,12 @@ def pruner_of(step: RepeatedStep, every: int, options: Options) -> Pruner:
 @functools.lru_cache(maxsize=2)
 def halved(network: str, size: int, options: Options) -> Halved:
     """Cut a network as the pruning loop does: one scored step, then plan, cut, and comparison with the masked one."""
+    found = _halved(network, size, options)
+    gc.collect()  # what is left of its optimizer would count as memory of whoever comes next
+    return found
+
+
+def _halved(network: str, size: int, options: Options) -> Halved:
     groups = trace(make(network), images(1, size))
     step = RepeatedStep(make(network), examples(2 if options.quick else PRUNING_BATCH, size, options), options)
     pruner = pruner_of(step, 1, options)
@@ -117,7 +124,7 @@ def training(key: Key, network: str, batch: int | None, size: int, options: Opti
         trained(SCORED, found.whole, 1.0, f"batch {batch}{says}, scores at each step"),
         trained(CUT, found.cut, found.macs_ratio, f"batch {batch}{says}, {note_of(found)}"),
     ]
-    seconds = 9.0 if options.cuda and not options.quick else None
+    seconds = None if options.quick else 9.0
     return Race(key, providers, peer=WHOLE, rounds=40, seconds=seconds, calls=calls, images=batch)
 
 

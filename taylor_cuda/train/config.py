@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from taylor_cuda.errors import InputError
 
 AMP = ("off", "bf16", "fp16")
@@ -196,6 +198,10 @@ class RunConfig:
             return self.finetune_lr
         return self.lr if self.weights is not None else self.lr / 5
 
+    def rounded_to(self, device: torch.device) -> int | str:
+        """``round_to`` for ``tc.plan``, which can't see that parameters in fp32 will be computed with in 16 bits."""
+        return 8 if self.round_to == "auto" and self.amp != "off" and device.type == "cuda" else self.round_to
+
     def split(self, ranks: int) -> tuple[int, int]:
         """How a minibatch is divided over ranks.
 
@@ -213,8 +219,9 @@ class RunConfig:
         if whole % (ranks * micro) or (self.batch is not None and whole != self.batch * ranks * micro):
             each = "" if self.batch is None else f" of {self.batch}"
             raise InputError(f"global_batch: wanted a multiple of {ranks} ranks{each}, got {whole}")
-        if whole // micro < 2:
-            raise InputError(f"batch: wanted passes over at least 2 examples, got {whole // micro}")
+        part = whole // (ranks * micro)
+        if part < 2:
+            raise InputError(f"batch: wanted passes over at least 2 examples, got {part}")
         return whole, micro
 
     def identity(self) -> dict[str, Any]:

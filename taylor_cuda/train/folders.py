@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -50,15 +52,18 @@ class ImageFiles(Dataset[Any]):
     """``(path, label)`` samples decoded to RGB and transformed; one that can't be read comes back as ``Unreadable``."""
 
     def __init__(self, samples: Sequence[tuple[str, int]], transform: Any) -> None:
-        self.samples, self.transform = samples, transform
+        # Two arrays: a worker that read a million Python objects would copy each of their pages, for it counts readers.
+        self.paths = np.array([os.fsencode(path) for path, _ in samples])
+        self.labels = np.array([label for _, label in samples])
+        self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
         from PIL import Image
 
-        path, label = self.samples[index]
+        path, label = os.fsdecode(self.paths[index]), int(self.labels[index])
         try:
             with Image.open(path) as image:
                 return self.transform(image.convert("RGB")), label
@@ -204,7 +209,12 @@ def find_images(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
         raise InputError(f"data: {folder} holds no class folders")
     samples: list[tuple[str, int]] = []
     for label, name in enumerate(classes):
-        files = sorted(str(path) for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        files = sorted(
+            os.path.join(inner, file)  # not Path: there may be a million of them
+            for inner, _, found in os.walk(folder / name, followlinks=True)
+            for file in found
+            if os.path.splitext(file)[1].lower() in IMG_EXTENSIONS
+        )
         if not files:
             raise InputError(f"data: class folder {folder / name} holds no images")
         samples.extend((path, label) for path in files)

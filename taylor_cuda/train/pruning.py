@@ -6,11 +6,13 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from taylor_cuda.distributed import together
 from taylor_cuda.errors import TaylorError
 from taylor_cuda.graph import trace
+from taylor_cuda.importance.criteria import find_criterion
 from taylor_cuda.pruner import Pruner
 from taylor_cuda.surgery import save
 from taylor_cuda.train.batch_norm import average_statistics, recalibrate_batch_norm
@@ -21,7 +23,7 @@ from taylor_cuda.train.latency import latency_ms
 from taylor_cuda.train.launch import launched
 from taylor_cuda.train.loop import Stage, Step, evaluate, to_device, train_stage
 from taylor_cuda.train.models import layer_widths
-from taylor_cuda.train.modes import uncompiled
+from taylor_cuda.train.modes import compiler_for, uncompiled
 from taylor_cuda.train.rates import Schedule
 from taylor_cuda.train.session import MODEL, Session
 from taylor_cuda.train.state import Position
@@ -60,13 +62,19 @@ def run(
         if not session.restore(resume):
             session.begin()
         stages = Stages(session, tell if launch.first else lambda _: None, progress and launch.first)
-        with session.interruptible():
+        with session.interruptible(), _compiler(config):
             summary = stages.run()
             with together("writing the reports", launch.group):
                 if launch.first:
                     finish(summary)
                     session.checkpoints.clear()
     return summary
+
+
+def _compiler(config: RunConfig) -> AbstractContextManager[None]:
+    if not config.compile:
+        return contextlib.nullcontext()
+    return compiler_for(config.steps, find_criterion(config.criterion).outputs)
 
 
 class Stages:

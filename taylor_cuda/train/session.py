@@ -185,7 +185,7 @@ class Session:
             schedule=config.schedule,
             mode=config.mode,
             ignore=config.ignore,
-            round_to=config.round_to,
+            round_to=config.rounded_to(self.device),
             min_keep=config.min_keep,
             momentum=config.momentum,
             shared_norm=config.shared_norm,
