@@ -47,8 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except RunInterruptedError as interrupted:
         again = given if "--resume" in given else [*given, "--resume"]
-        if rank_of_environment()[0] == 0:
-            _say(f"{interrupted}; go on with: taylor-cuda {shlex.join(again)}")
+        rank, ranks = rank_of_environment()
+        program = "taylor-cuda" if ranks == 1 else "torchrun … -m taylor_cuda"
+        if rank == 0:
+            _say(f"{interrupted}; go on with: {program} {shlex.join(again)}")
         return INTERRUPTED
     except KeyboardInterrupt:
         _say("interrupted before there was anything to save")
