@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -101,6 +102,24 @@ def files_of_all_ranks_are_named(rank: int, folder: Path) -> None:
     assert rank > 0 or summary.unreadable == 3
 
 
+def counted_average(calls, bucket):
+    """A communication hook. Torch refuses annotations that are strings."""
+    calls.append(1)
+    return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda future: future.value()[0])
+
+
+def gradients_are_averaged_once_a_minibatch(rank: int, folder: Path) -> None:
+    session = Session(config(folder / "counted", batch=16), Launch(CPU, rank, 2, dist.group.WORLD))
+    calls: list[int] = []
+    session.trained.register_comm_hook(calls, counted_average)
+    step, counts = session.new_step(), []
+    for images, labels in itertools.islice(session.data.train(0), 4):
+        step(images, labels)
+        counts.append(len(calls))
+    assert counts[0] == 0 < counts[1] == counts[2] < counts[3]
+    session.check_in_sync()
+
+
 def ranks_that_came_apart_are_noticed(rank: int, folder: Path) -> None:
     session = Session(config(folder / "apart"), Launch(CPU, rank, 2, dist.group.WORLD))
     session.check_in_sync()
@@ -122,6 +141,7 @@ def cases(rank: int, folder: Path) -> Mapping[str, Callable[[], None]]:
         "quarters": lambda: prunes_alike(folder, "quarters", batch=16),
         "stop": lambda: all_ranks_stop_where_one_is_told_to(rank, folder),
         "unreadable": lambda: files_of_all_ranks_are_named(rank, folder),
+        "once": lambda: gradients_are_averaged_once_a_minibatch(rank, folder),
         "apart": lambda: ranks_that_came_apart_are_noticed(rank, folder),
         "refusal": lambda: a_refusal_reaches_all_ranks(rank, folder),
     }

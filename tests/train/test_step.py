@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import taylor_cuda as tc
 from taylor_cuda.errors import InputError
 from taylor_cuda.train.objective import Objective, mixing_of
 from taylor_cuda.train.step import Precision, TrainingStep, moving_average
@@ -52,6 +53,22 @@ def test_parts_of_a_minibatch_make_the_step_of_the_whole(micro):
         optimizer.step()
         optimizer.zero_grad()
         same(model, other)
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_so"])
+def test_scores_are_those_of_the_whole_minibatch(criterion):
+    found = []
+    for micro in (1, 4):
+        model = net()
+        groups = tc.trace(model, torch.zeros(2, 2, 4, 4, dtype=torch.float64))
+        scores = tc.Importance(model, groups, criterion)
+        step = TrainingStep(model, sgd(model, 0.0), backward=scores, micro=micro)
+        images, labels = batch()
+        for x, y in zip(images.chunk(micro), labels.chunk(micro), strict=True):
+            step(x, y)
+        assert scores.steps == 1
+        found.append(torch.cat(list(scores.scores().values())))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-12)
 
 
 def test_gradients_are_clipped_to_a_norm():
