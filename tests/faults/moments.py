@@ -29,7 +29,7 @@ from tests.faults.runs import (
 
 @dataclass(frozen=True)
 class Reference:
-    """The run that nobody disturbed: its result, its minibatches, when its log began, and how long each took from there.
+    """The run that nobody disturbed: its result, its minibatches, when its log began, and what each took from there.
 
     How fast a run is changes with what else the machine does, so moments are counted in minibatches.
     """
