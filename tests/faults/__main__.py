@@ -28,10 +28,8 @@ def main(given: list[str] | None = None) -> int:
         folder = Path(temporary)
         reference = reference_run(ARGUMENTS, folder / "reference", options.ranks)
         told = f"{len(reference.result.plans)} plans, accuracy {reference.result.accuracy:.4f}"
-        print(
-            f"undisturbed: {told}; {reference.minibatches} minibatches of {reference.each:.2f} s after {reference.begins:.1f} s",
-            flush=True,
-        )
+        pace = f"{reference.minibatches} minibatches of {reference.each:.2f} s"
+        print(f"undisturbed: {told}; {pace} after {reference.begins:.1f} s", flush=True)
         for number, moment in enumerate(moments_of(options.moments, options.ranks, options.seed), 1):
             found, wrong = one_moment(ARGUMENTS, folder, number, moment, reference, options.ranks)
             same = found is not None and bit_equal(found, reference.result)
