@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from tests.faults.moments import Moment, go_through, reference_run
+from tests.faults.moments import EVERY, Moment, go_through, reference_run
 from tests.faults.runs import bit_equal, differences
 
 pytestmark = [
@@ -17,7 +17,7 @@ pytestmark = [
 
 ARGUMENTS = (
     *("--epochs", "1", "--steps-limit", "6", "--batch", "8", "--every", "2", "--steps", "2", "--recalibrate", "1"),
-    *("--checkpoint-every", "2", "--measure-seconds", "0.01", "--oracle", "0", "--resume", "auto"),
+    *("--checkpoint-every", str(EVERY), "--measure-seconds", "0.01", "--oracle", "0", "--resume", "auto"),
 )
 
 

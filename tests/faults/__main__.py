@@ -8,12 +8,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.moments import moments_of, one_moment, reference_run
+from tests.faults.moments import EVERY, moments_of, one_moment, reference_run
 from tests.faults.runs import bit_equal
 
 ARGUMENTS = (
     *("--epochs", "1", "--steps-limit", "16", "--batch", "16", "--every", "3", "--steps", "4", "--recalibrate", "4"),
-    *("--checkpoint-every", "3", "--measure-seconds", "0.01", "--oracle", "0", "--resume", "auto"),
+    *("--checkpoint-every", str(EVERY), "--measure-seconds", "0.01", "--oracle", "0", "--resume", "auto"),
 )
 
 
@@ -28,7 +28,8 @@ def main(given: list[str] | None = None) -> int:
         folder = Path(temporary)
         reference = reference_run(ARGUMENTS, folder / "reference", options.ranks)
         told = f"{len(reference.result.plans)} plans, accuracy {reference.result.accuracy:.4f}"
-        print(f"undisturbed: {told}; {reference.begins:.1f} s to begin, {reference.lasts:.1f} s from there", flush=True)
+        pace = f"{reference.minibatches} minibatches of {reference.each:.2f} s"
+        print(f"undisturbed: {told}; {pace} after {reference.begins:.1f} s", flush=True)
         for number, moment in enumerate(moments_of(options.moments, options.ranks, options.seed), 1):
             found, wrong = one_moment(ARGUMENTS, folder, number, moment, reference, options.ranks)
             same = found is not None and bit_equal(found, reference.result)

@@ -19,6 +19,8 @@ from tests.faults.runs import (
     damaged,
     differences,
     kill,
+    reached,
+    records,
     result_of,
     running,
     writing,
@@ -27,11 +29,15 @@ from tests.faults.runs import (
 
 @dataclass(frozen=True)
 class Reference:
-    """The run that nobody disturbed: its result, when its log began, and how long it took from there."""
+    """The run that nobody disturbed: its result, its minibatches, when its log began, and what each took from there.
+
+    How fast a run is changes with what else the machine does, so moments are counted in minibatches.
+    """
 
     result: Result
+    minibatches: int
     begins: float
-    lasts: float
+    each: float
 
 
 @dataclass
@@ -39,7 +45,7 @@ class Moment:
     """When and how a run is killed.
 
     Attributes:
-        when: share of the time that the run takes from when its log begins; below 0: of the time before.
+        when: share of all minibatches; below 0: share of the time before the log begins.
         rank: the one that is killed, which ``torchrun`` replaces; ``None``: all processes at once.
         launcher: only ``torchrun`` itself is killed; the ranks then have to end by themselves.
         writing: wait from then for the next moment in which a checkpoint is being written.
@@ -63,16 +69,22 @@ class Moment:
         return who + (" in a write" if self.writing else " twice" if self.again is not None else "")
 
 
+EVERY = 3
+"""Minibatches between checkpoints of the runs that are killed."""
+
+
 def reference_run(arguments: tuple[str, ...], out: Path, ranks: int = 2) -> Reference:
     """Make it."""
     with running(arguments, out, ranks) as run:
         run.wait_for(lambda: begun(out))
         begins = time.monotonic() - run.started
-        status = run.wait()
+        run.wait_for(lambda: (out / SUMMARY).is_file())
         lasts = time.monotonic() - run.started - begins
+        status = run.wait()
         assert status == 0, run.text()
     assert not damaged(out, ended=True), damaged(out, ended=True)
-    return Reference(result_of(out), begins, lasts)
+    minibatches = records(out)[-1]["step"]
+    return Reference(result_of(out), minibatches, begins, lasts / minibatches)
 
 
 def kill_at(run: Run, moment: Moment, when: float, reference: Reference) -> None:
@@ -81,8 +93,9 @@ def kill_at(run: Run, moment: Moment, when: float, reference: Reference) -> None
         time.sleep(-when * reference.begins)
     else:
         run.wait_for(lambda: begun(run.out))
-        until = time.monotonic() + when * reference.lasts
-        run.wait_for(lambda: time.monotonic() >= until)
+        until = when * reference.minibatches
+        run.wait_for(lambda: reached(run.out) + EVERY > until)
+        time.sleep(max(0.0, until - reached(run.out)) * reference.each)
     if moment.rank is not None:
         run.wait_for(lambda: moment.rank in run.processes().values())
     victims = run.victims(moment.rank, moment.launcher)
@@ -163,7 +176,7 @@ def moments_of(count: int, ranks: int, seed: int) -> list[Moment]:
                 rank=choose.randrange(ranks) if kind.startswith("rank") else None,
                 launcher=kind == "torchrun",
                 writing=kind.endswith("write"),
-                again=choose.random() * (1 - max(0, when)) if kind == "all twice" else None,
+                again=when + choose.random() * (1 - when) if kind == "all twice" else None,
                 cut=choose.random() if kind == "all, cut" else None,
             )
         )
@@ -179,7 +192,7 @@ def one_moment(
         try:
             found = go_through(arguments, folder / f"{number}-{attempt}", moment, reference, ranks)
         except EndedFirstError:
-            moment.when, moment.again = 0.8 * moment.when, None if moment.again is None else 0.6 * moment.again
+            moment.when, moment.again = 0.9 * moment.when, None if moment.again is None else 0.9 * moment.again
             continue
         except (AssertionError, TimeoutError) as error:
             return None, str(error)

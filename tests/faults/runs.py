@@ -166,6 +166,11 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / CHECKPOINTS).glob("[0-9]*.pt"), reverse=True)
 
 
+def reached(out: Path) -> int:
+    """Minibatch of the newest checkpoint, 0 without one."""
+    return max((int(path.name.partition("-")[0]) for path in checkpoints(out)), default=0)
+
+
 # -- what is left ------------------------------------------------------------------------------------------------------
 
 
