@@ -9,6 +9,7 @@ from torch import nn
 
 from taylor_cuda.surgery import load
 from taylor_cuda.train.models import DigitsResNet
+from taylor_cuda.train.pruning import Stages
 from tests.cli.test_prune import FILES, interrupt_at, names, prune, summary_of
 
 TINY = (
@@ -87,8 +88,23 @@ def test_pruning_within_one_schedule_ends_its_epoch_in_fine_tuning(tmp_path):
         ("finetune", 4, 16),
     ]
     assert [record["lr"] for record in epochs] == pytest.approx([0.01, 0.01, 0.01, 0.001, 0.001])
-    macs = summary_of(tmp_path)
-    assert macs["macs_after"] <= 0.5 * macs["macs_before"]
+    found = summary_of(tmp_path)
+    assert found["macs_after"] <= 0.5 * found["macs_before"]
+
+
+def test_momentum_is_forgotten_when_pruning_ends_if_that_is_asked_for(monkeypatch, tmp_path):
+    states = []
+    finetune = Stages._finetune
+
+    def noted(stages):
+        states.append(len(stages.session.optimizer.state))
+        finetune(stages)
+
+    monkeypatch.setattr(Stages, "_finetune", noted)
+    for name, extra in (("kept", ()), ("forgotten", ("--reset-optimizer",))):
+        assert prune(*TINY, *extra, "--out", tmp_path / name) == 0
+    assert states[0] > 0
+    assert states[1] == 0
 
 
 def test_a_run_that_begins_with_pruning_warms_up_there(tmp_path):
