@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from taylor_cuda.surgery import load
+from taylor_cuda.train.data import load_data
+from taylor_cuda.train.loop import evaluate
 from taylor_cuda.train.models import DigitsResNet
 from taylor_cuda.train.pruning import Stages
 from tests.cli.test_prune import FILES, interrupt_at, names, prune, summary_of
@@ -53,6 +55,14 @@ def test_everything_at_once(everything):
     assert rates[1] == pytest.approx(0.004 / 5)
     assert [record["step"] for record in records if record["event"] == "epoch"] == [4, 8, 10, 14]
     assert all(record["images_per_s"] > 0 and 0 <= record["data_wait"] <= 1 for record in records if "lr" in record)
+
+
+def test_what_is_saved_is_the_average_that_was_evaluated(everything):
+    model = load(DigitsResNet(), everything / "model.safetensors").to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate(model, list(load_data("digits", 64).val())[:4], torch.device("cpu"))
+    last = [record for record in records_of(everything) if record["event"] == "finetuned"][-1]
+    assert found.loss == pytest.approx(last["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("batch", [7, 38, 55, 68])
