@@ -284,14 +284,19 @@ def test_ctrl_c_while_the_oracle_is_asked(monkeypatch, capsys, tmp_path, straigh
     assert spearman in capsys.readouterr().out
 
 
-def test_weights_skip_base_training(capsys, tmp_path, straight):
-    weights = straight / "model.safetensors"
+def test_weights_skip_base_training(monkeypatch, capsys, tmp_path, straight):
+    weights, recalibrated = straight / "model.safetensors", []
+    original = pruning.recalibrate_batch_norm
+    monkeypatch.setattr(
+        pruning, "recalibrate_batch_norm", lambda *arguments: recalibrated.append(1) or original(*arguments)
+    )
     code = prune(*TINY, "--weights", weights, "--budget", "params=0.7", "--criterion", "magnitude", "--out", tmp_path)
     assert code == 0
     found = summary_of(tmp_path)
     assert found["params_before"] == summary_of(straight)["params_after"]
     assert found["params_after"] <= 0.7 * found["params_before"]
     assert found["base_accuracy"] == summary_of(straight)["pruned_accuracy"]
+    assert len(recalibrated) == 2  # after pruning and at the end: what somebody else trained is measured as it is
     model = load(DigitsResNet(), tmp_path / "model.safetensors")
     assert sum(value.numel() for value in model.parameters()) == found["params_after"]
     capsys.readouterr()
