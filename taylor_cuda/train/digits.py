@@ -78,7 +78,7 @@ def move_by_one(images: Tensor, seed: int) -> Tensor:
     return padded[torch.arange(count)[:, None, None], rows, columns].movedim(-1, 1)
 
 
-def load_digits(batch: int, seed: int, share: Share) -> TensorData:
+def load_digits(batch: int, seed: int = 0, share: Share = WHOLE) -> TensorData:
     """1797 handwritten digits of 8×8 pixels in one fixed stratified split: 1347 to train on, 450 to validate on.
 
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits" (UCI), the part that ships with

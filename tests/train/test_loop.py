@@ -117,6 +117,16 @@ def test_going_on_from_the_last_minibatch_of_an_epoch_logs_no_figures_of_it():
     ]
 
 
+def test_groups_of_parameters_may_have_a_share_of_the_rate():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(32, 8), nn.Linear(8, 4))
+    groups = [{"params": net[1].parameters(), "lr_scale": 0.25}, {"params": net[2].parameters()}]
+    optimizer, rates = torch.optim.SGD(groups, lr=1.0), []
+    note = {"after_step": lambda: rates.append([group["lr"] for group in optimizer.param_groups])}
+    train_stage(stage_of(net, optimizer, epochs=1, **note), net, optimizer, tensor_data(), Position("test"), CPU)
+    assert [low / high for low, high in rates] == pytest.approx([0.25] * 3)
+    assert rates[0][1] == 0.1
+
+
 def test_divergence_is_an_error_and_not_a_result():
     net = nn.Sequential(nn.Flatten(), nn.Linear(32, 4))
     with torch.no_grad():

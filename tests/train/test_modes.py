@@ -46,6 +46,14 @@ def test_eval_mode_is_put_back_module_by_module():
     assert [module.training for module in model] == [True, False]
 
 
+@pytest.fixture
+def limited():
+    """Torch's default, which imports of other tests change."""
+    with dynamo.patch(recompile_limit=8):
+        yield
+
+
+@pytest.mark.usefixtures("limited")
 def test_a_network_with_many_widths_stays_compiled():
     """Beyond the limit torch goes on uncompiled."""
     counts = {}
@@ -60,6 +68,7 @@ def test_a_network_with_many_widths_stays_compiled():
     assert counts["alone"] < counts["for a run"] == 21
 
 
+@pytest.mark.usefixtures("limited")
 def test_settings_of_the_compiler_are_put_back():
     before = dynamo.recompile_limit, functorch.donated_buffer
     with compiler_for(100, probed=True):

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from taylor_cuda.distributed import gathered
 from taylor_cuda.errors import TaylorError
 from taylor_cuda.train import RunConfig, Summary, run
+from taylor_cuda.train.batch_norm import recalibrate_batch_norm
 from taylor_cuda.train.data import TensorData
 from taylor_cuda.train.launch import Launch
 from taylor_cuda.train.session import Session
@@ -120,6 +122,26 @@ def gradients_are_averaged_once_a_minibatch(rank: int, folder: Path) -> None:
     session.check_in_sync()
 
 
+def statistics_are_those_of_all_ranks(rank: int, folder: Path) -> None:
+    """Each rank sees every second batch; their plain average is what one process takes from all of them."""
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4)).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(5, 1, 6, 6, generator=generator, dtype=torch.float64) for _ in range(6)]
+    recalibrate_batch_norm(models[0], batches[rank::2], group=dist.group.WORLD)
+    recalibrate_batch_norm(models[1], batches)
+    for mine, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        if mine.is_floating_point():
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
+
+
+def random_numbers_of_training_differ(rank: int, folder: Path) -> None:
+    Session(config(folder / "random"), Launch(CPU, rank, 2, dist.group.WORLD))
+    first, second = gathered(torch.rand(3).tolist(), dist.group.WORLD)
+    assert first != second
+
+
 def ranks_that_came_apart_are_noticed(rank: int, folder: Path) -> None:
     session = Session(config(folder / "apart"), Launch(CPU, rank, 2, dist.group.WORLD))
     session.check_in_sync()
@@ -142,6 +164,8 @@ def cases(rank: int, folder: Path) -> Mapping[str, Callable[[], None]]:
         "stop": lambda: all_ranks_stop_where_one_is_told_to(rank, folder),
         "unreadable": lambda: files_of_all_ranks_are_named(rank, folder),
         "once": lambda: gradients_are_averaged_once_a_minibatch(rank, folder),
+        "statistics": lambda: statistics_are_those_of_all_ranks(rank, folder),
+        "random": lambda: random_numbers_of_training_differ(rank, folder),
         "apart": lambda: ranks_that_came_apart_are_noticed(rank, folder),
         "refusal": lambda: a_refusal_reaches_all_ranks(rank, folder),
     }
