@@ -1,5 +1,6 @@
 """What runs on many GPUs are made of, in one process at tiny size: accumulation, AMP, averages, distillation."""
 
+import itertools
 import json
 import math
 
@@ -8,10 +9,12 @@ import torch
 from torch import nn
 
 from taylor_cuda.surgery import load
+from taylor_cuda.train.config import RunConfig
 from taylor_cuda.train.data import load_data
 from taylor_cuda.train.loop import evaluate
 from taylor_cuda.train.models import DigitsResNet
 from taylor_cuda.train.pruning import Stages
+from taylor_cuda.train.session import Session
 from tests.cli.test_prune import FILES, interrupt_at, names, prune, summary_of
 
 TINY = (
@@ -63,6 +66,20 @@ def test_what_is_saved_is_the_average_that_was_evaluated(everything):
         found = evaluate(model, list(load_data("digits", 64).val())[:4], torch.device("cpu"))
     last = [record for record in records_of(everything) if record["event"] == "finetuned"][-1]
     assert found.loss == pytest.approx(last["loss"], rel=1e-6)
+
+
+def test_the_network_takes_over_the_average_of_its_weights(tmp_path):
+    session = Session(RunConfig(ema=0.9, out=tmp_path, device="cpu"))
+    session.prepare_pruning()
+    step = session.new_step()
+    for images, labels in itertools.islice(session.train_batches(), 3):
+        step(images, labels)
+    assert session.evaluated is session.average.module
+    average = {name: value.clone() for name, value in session.evaluated.state_dict().items()}
+    assert not torch.equal(session.model.head.weight, average["head.weight"])
+    session.take_the_average()
+    assert session.evaluated is session.model
+    assert all(torch.equal(value, average[name]) for name, value in session.model.state_dict().items())
 
 
 @pytest.mark.parametrize("batch", [7, 38, 55, 68])
