@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import uuid
@@ -127,4 +128,5 @@ def launched(device: str) -> Iterator[Launch]:
         yield Launch(found, rank, ranks, dist.group.WORLD)
     finally:
         if mine:
+            gc.collect()  # wrappers hold on to the group in cycles
             dist.destroy_process_group()

@@ -58,16 +58,24 @@ def run(
         RunInterruptedError: Ctrl-C; the state was saved.
     """
     with launched(config.device) as launch:
-        session = Session(config, launch)
-        if not session.restore(resume):
-            session.begin()
-        stages = Stages(session, tell if launch.first else lambda _: None, progress and launch.first)
-        with session.interruptible(), _compiler(config):
-            summary = stages.run()
-            with together("writing the reports", launch.group):
-                if launch.first:
-                    finish(summary)
-                    session.checkpoints.clear()
+        stages = Stages(Session(config, launch), tell if launch.first else lambda _: None, progress and launch.first)
+        try:
+            return _run(stages, resume, finish)
+        finally:
+            del stages  # what holds on to the process group goes before the group does
+
+
+def _run(stages: Stages, resume: bool | Literal["auto"], finish: Callable[[Summary], None]) -> Summary:
+    session = stages.session
+    launch = session.launch
+    if not session.restore(resume):
+        session.begin()
+    with session.interruptible(), _compiler(session.config):
+        summary = stages.run()
+        with together("writing the reports", launch.group):
+            if launch.first:
+                finish(summary)
+                session.checkpoints.clear()
     return summary
 
 
