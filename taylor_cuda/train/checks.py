@@ -7,6 +7,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -202,7 +203,7 @@ def scoring_cost(
     base: list[float] = []
     extra: list[float] = []
     begin = time.perf_counter()
-    with torch.random.fork_rng():  # how many steps there are is no matter of the run's numbers
+    with _random_numbers_apart(batch[0].device):
         run(without), run(with_scores)
         while len(base) < pairs and (len(base) < 3 or time.perf_counter() - begin < seconds):
             if len(base) % 2:
@@ -231,11 +232,16 @@ def training_step_ms(model: nn.Module, batch: Batch, steps: int = 40, seconds: f
     step = TrainingStep(trained, torch.optim.SGD(trained.parameters(), lr=1e-4, momentum=0.9))
     times: list[float] = []
     begin = time.perf_counter()
-    with torch.random.fork_rng():
+    with _random_numbers_apart(batch[0].device):
         _step_ms(step, batch)
         while len(times) < steps and (len(times) < 3 or time.perf_counter() - begin < seconds):
             times.append(_step_ms(step, batch))
     return statistics.median(times)
+
+
+def _random_numbers_apart(device: torch.device) -> AbstractContextManager[None]:
+    """How many steps there are is no matter of the run's numbers; other GPUs' aren't drawn, nor even looked at."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _step_ms(step: Step, batch: Batch) -> float:
