@@ -17,7 +17,7 @@ from taylor_cuda.errors import InputError, TaylorError
 
 T = TypeVar("T")
 
-__all__ = ["Replicas", "gathered", "mean", "together", "total", "world_size"]
+__all__ = ["Replicas", "by_value", "gathered", "mean", "together", "total", "world_size"]
 
 # Arguments of DistributedDataParallel that its attributes don't answer for: given anew, or refused by ``Replicas``.
 _NOT_ATTRIBUTES = {
@@ -62,6 +62,14 @@ def gathered(value: T, group: Any) -> list[T]:
     values = [value] * world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def by_value(text: str, group: Any) -> dict[str, list[int]]:
+    """The texts that the ranks of a process group give, each with the ranks that give it."""
+    found: dict[str, list[int]] = {}
+    for rank, other in enumerate(gathered(text, group)):
+        found.setdefault(other, []).append(rank)
+    return found
 
 
 @contextmanager
@@ -164,9 +172,7 @@ class Replicas:
         Raises:
             TaylorError: names the ranks that differ.
         """
-        by_digest: dict[str, list[int]] = {}
-        for rank, other in enumerate(gathered(digest, self.group)):
-            by_digest.setdefault(other, []).append(rank)
+        by_digest = by_value(digest, self.group)
         if len(by_digest) > 1:
             parties = "; ".join(f"{_ranks(ranks)}: {text[:12]}" for text, ranks in by_digest.items())
             raise TaylorError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from taylor_cuda.distributed import gathered, together, total
+from taylor_cuda.distributed import by_value, gathered, together, total
 from taylor_cuda.errors import InputError, TaylorError
 from taylor_cuda.files import remove_remains
 from taylor_cuda.importance.criteria import find_criterion
@@ -229,17 +229,16 @@ class Session:
         Raises:
             InputError: there are checkpoints of another one, which would be lost.
         """
-        config = self.config
         with together("the start", self.group):
             if self.launch.first and self.checkpoints.newest() is not None:
                 raise InputError(
-                    f"out: {config.out} holds checkpoints of a run that has not ended; go on with --resume, give "
+                    f"out: {self.config.out} holds checkpoints of a run that has not ended; go on with --resume, give "
                     f"another --out, or remove {self.checkpoints.folder}"
                 )
             if self.launch.first:
                 self.log_file.begin()
-        start = {**config.identity(), "global_batch": self.global_batch, "ranks": self.launch.ranks}
-        self.log({"event": "start", **start, "environment": environment(self.device)})
+        here = {"ranks": self.launch.ranks, "environment": environment(self.device)}
+        self.log({"event": "start", **self.identity(), **here})
 
     def prepare_pruning(self) -> Pruner:
         """A fresh optimizer, the pruner, and what goes along with it. The model has its original widths."""
@@ -296,9 +295,8 @@ class Session:
         every = self.config.checkpoint_every
         if every is not None and self.taken % every == 0:
             self.save()
-        if self.group is None:
-            self.stop.check()
-        elif self.taken % ASK_EVERY == 0:
+        self.check_stop()
+        if self.group is not None and self.taken % ASK_EVERY == 0:
             asked = total(torch.tensor(float(self.stop.asked or self.launch.abandoned), device=self.device), self.group)
             if asked > 0:
                 raise KeyboardInterrupt
@@ -312,13 +310,11 @@ class Session:
         if self.group is None:
             return
         kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        bits = [
-            parameter.detach().flatten().view(kinds[parameter.element_size()]) for parameter in self.model.parameters()
-        ]
-        digest = str(torch.stack([piece.sum(dtype=torch.int64) for piece in bits]).tolist())
-        found = gathered(digest, self.group)
-        if len(set(found)) > 1:
-            other = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+        pieces = [parameter.detach().flatten() for parameter in self.model.parameters()]
+        bits = [piece.view(kinds[piece.element_size()]).sum(dtype=torch.int64) for piece in pieces]
+        parties = by_value(str(torch.stack(bits).tolist()), self.group)
+        other = sorted(rank for ranks in parties.values() if 0 not in ranks for rank in ranks)
+        if other:
             raise TaylorError(f"ranks {other} no longer have the parameters of rank 0; go on from a checkpoint")
 
     def note_unreadable(self) -> None:
@@ -329,6 +325,10 @@ class Session:
             for path in found.keys() - known.keys():
                 known[path] = found[path]
                 self.log({"event": "unreadable", "path": path, "reason": found[path]})
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the result, with the size that minibatches come to."""
+        return {**self.config.identity(), "global_batch": self.global_batch}
 
     def costs(self, pruner: Pruner) -> tuple[Cost, Cost]:
         """What the model cost as it was made, and what it costs now."""

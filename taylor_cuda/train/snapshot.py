@@ -10,6 +10,7 @@ from torch import Tensor
 
 from taylor_cuda.errors import InputError
 from taylor_cuda.train.batch_norm import statistics_of
+from taylor_cuda.train.shares import seed_of
 from taylor_cuda.train.state import Position, generator_states, restore_generators
 from taylor_cuda.train.summary import Measured
 
@@ -21,8 +22,7 @@ def state_of(session: Session) -> dict[str, Any]:
     """Tensors and plain values."""
     pruner, average, teacher, scaler = session.pruner, session.average, session.teacher, session.precision.scaler
     return {
-        "config": session.config.identity(),
-        "global_batch": session.global_batch,
+        "config": session.identity(),
         "position": dataclasses.asdict(session.position),
         "taken": session.taken,
         "measured": dataclasses.asdict(dataclasses.replace(session.measured, seconds=session.seconds())),
@@ -74,7 +74,7 @@ def _put_back_rank(session: Session, states: list[dict[str, Any]]) -> None:
         for buffer, value in zip(_statistics(session), states[rank]["statistics"], strict=True):
             buffer.copy_(value)
     else:  # other ranks than then: any numbers will do, if they aren't those that were used
-        torch.manual_seed((session.config.seed + rank) * 1_000_003 + session.taken)
+        torch.manual_seed(seed_of(session.config.seed + rank, session.taken))
 
 
 def _statistics(session: Session) -> list[Tensor]:
@@ -83,8 +83,7 @@ def _statistics(session: Session) -> list[Tensor]:
 
 
 def _check_same_run(session: Session, state: dict[str, Any]) -> None:
-    then = {**state["config"], "global_batch": state["global_batch"]}
-    now = {**session.config.identity(), "global_batch": session.global_batch}
+    then, now = state["config"], session.identity()
     other = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in now if then.get(key) != now[key]]
     if other:
         raise InputError(f"resume: the state belongs to a run with other settings: {'; '.join(other)}")

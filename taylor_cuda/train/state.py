@@ -16,7 +16,7 @@ from taylor_cuda.errors import CheckpointError, InputError
 from taylor_cuda.files import remove_remains, rename, temporary_beside
 from taylor_cuda.train.messages import first_line
 
-FORMAT = 3
+FORMAT = 4
 _NAME = re.compile(r"(\d{8,})-([0-9a-f]{16})\.pt")
 
 
